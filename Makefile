@@ -1,0 +1,34 @@
+# `make demo` and `make test` do everything on a fresh machine, the virtual environment included.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint stress bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/quickstart_llamaindex.py
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+stress: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m stress
+
+bench: $(VENV)/.installed
+	$(BIN)/ape-integrations bench
+
+# torch comes first: an installed version is kept, whatever a later range would admit.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,414 @@
+"""APE attention: partitions of the keys, fused kernels that return the LSE, one merge in fp32.
+
+Queries read up to three kinds of keys: *contexts* (every key visible, logits divided by the
+attention temperature T), the *earlier rest* (prefix and what was read or generated before) and
+the *current block* (causal). Each partition yields an output and the log-sum-exp (LSE) of its
+logits; the outputs are merged with ``softmax([S * T * lse_contexts, lse_rest, ...])`` (sections 4.2
+and 4.3 of arXiv 2502.05431). Attention sinks count as one more logit of the rest, softcap applies
+after T, and sliding windows mask by position.
+
+The function plugs into transformers through ``AttentionInterface``; no model class is patched.
+Calls whose cache is no :class:`~ape_integrations.core.cache.APECache` go to the implementation
+that the model used before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ape_integrations.core.errors import UnsupportedModelError
+
+#: Keys that the plain implementation upcasts at a time; bounds its memory.
+PLAIN_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Keys and values that are read by one rule.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``(1 or batch, kv_heads, length, head_dim)``, any strides with a contiguous last
+        dimension. A batch of 1 is shared by all queries.
+    positions : Callable
+        Returns the keys' positions, ``(length,)``; called for sliding-window layers alone.
+    first_position, last_position : int
+        Smallest and largest of the positions.
+    causal : bool
+        The keys belong to the query tokens themselves: row i sees columns up to i.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Callable[[], Tensor]
+    first_position: int
+    last_position: int
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class PartitionedStates:
+    """What an APE cache layer hands to the attention function instead of two tensors.
+
+    Parameters
+    ----------
+    rest : list of Partition
+        Prefix, earlier tokens and current block.
+    contexts : Partition or None
+        All contexts, one after the other.
+    query_position : int
+        Position of the first query token.
+    temperature, scale : float
+        T and S.
+    """
+
+    rest: list[Partition]
+    contexts: Partition | None
+    query_position: int
+    temperature: float
+    scale: float
+
+
+class Partial(NamedTuple):
+    """Attention over one partition: output ``(batch, heads, length, head_dim)`` and LSE."""
+
+    output: Tensor
+    lse: Tensor
+
+
+def implementation_name(original: str) -> str:
+    """Return the name under which APE attention in front of ``original`` is registered."""
+    return original if original.startswith("ape_") else f"ape_{original}"
+
+
+def register(original: str) -> str:
+    """Register APE attention in front of attention implementation ``original``.
+
+    Returns
+    -------
+    str
+        The name to put in a config's ``_attn_implementation``.
+    """
+    name = implementation_name(original)
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        original = name.removeprefix("ape_")
+        AttentionInterface.register(name, partial(ape_attention_forward, fallback=original))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
+
+
+def ape_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | PartitionedStates,
+    value: Tensor | PartitionedStates,
+    attention_mask: Tensor | None,
+    *,
+    fallback: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function for transformers' ``AttentionInterface``.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``(batch, heads, length, head_dim)``.
+    key, value : PartitionedStates or Tensor
+        From an APE cache, or ordinary states, which ``fallback`` then reads.
+    attention_mask : Tensor or None
+        Used by ``fallback`` alone: partitions say themselves what is visible.
+
+    Returns
+    -------
+    tuple of Tensor and None
+        Output ``(batch, length, heads, head_dim)``; no attention weights.
+    """
+    if not isinstance(key, PartitionedStates):
+        forward = _fallback_forward(module, fallback)
+        return forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            "This model adds a position bias to its attention logits, which APE cannot place for "
+            "contexts that share positions. Use a model with rotary position embeddings."
+        )
+    scaling = kwargs.get("scaling")
+    output = partitioned_attention(
+        query,
+        key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sliding_window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _fallback_forward(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the attention function that ``module`` would use under implementation ``name``."""
+    # transformers keeps each family's eager function in the family's own modeling file.
+    family = sys.modules[type(module).__module__]
+    forward: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        name, getattr(family, "eager_attention_forward", None)
+    )
+    return forward
+
+
+def partitioned_attention(
+    query: Tensor,
+    states: PartitionedStates,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend to all partitions and merge by LSE.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``(batch, heads, length, head_dim)``.
+    states : PartitionedStates
+        Partitions, T and S.
+    scaling : float
+        Factor on the logits, usually ``head_dim ** -0.5``.
+    softcap : float, optional
+        Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), after T.
+    sliding_window : int, optional
+        A query sees keys whose position is less than this many tokens before its own.
+    sinks : Tensor, optional
+        One logit per head, ``(heads,)``, that takes attention and gives nothing (GPT-OSS).
+
+    Returns
+    -------
+    Tensor
+        ``(batch, heads, length, head_dim)`` in the query's dtype.
+    """
+    first, last = states.query_position, states.query_position + query.shape[2] - 1
+    outputs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for part in (states.contexts, *states.rest):
+        if part is None or part.keys.shape[2] == 0:
+            continue
+        mask = None
+        if sliding_window is not None and last - part.first_position >= sliding_window:
+            if first - part.last_position >= sliding_window:
+                continue
+            mask = _window_mask(part, first, last, sliding_window)
+        is_context = part is states.contexts
+        temperature = states.temperature if is_context else 1.0
+        output, lse = _attend(query, part, scaling / temperature, softcap, mask)
+        outputs.append(output)
+        lses.append(lse * (states.scale * states.temperature) if is_context else lse)
+    if len(outputs) == 1 and sinks is None:
+        return outputs[0].to(query.dtype)
+    if sinks is not None:
+        lses.append(sinks.float().view(1, -1, 1).expand_as(lses[0]))
+    weights = torch.stack(lses).softmax(dim=0)
+    merged = outputs[0].float() * weights[0].unsqueeze(-1)
+    for output, weight in zip(outputs[1:], weights[1:], strict=False):
+        merged = torch.addcmul(merged, output.float(), weight.unsqueeze(-1))
+    return merged.to(query.dtype)
+
+
+def _window_mask(part: Partition, first: int, last: int, window: int) -> Tensor:
+    """Return which keys each query sees, ``(length, keys)``, by position."""
+    keys = part.positions()
+    queries = torch.arange(first, last + 1, device=keys.device)
+    distance = queries[:, None] - keys[None, :]
+    visible = distance < window
+    return visible & (distance >= 0) if part.causal else visible
+
+
+def _attend(
+    query: Tensor, part: Partition, scale: float, softcap: float | None, mask: Tensor | None
+) -> Partial:
+    """Attend to one partition, KV heads not repeated.
+
+    Without a causal block, rows are independent: the query heads that share a KV head, and the
+    batch items that share a partition of batch 1, are laid out as further rows of one query.
+    """
+    batch, heads, length, head_dim = query.shape
+    keys, values = part.keys, part.values
+    kv_heads = keys.shape[1]
+    if part.causal and mask is None and length > 1:
+        return _causal(query, keys, values, scale, softcap)
+    rows = query.reshape(batch, kv_heads, -1, head_dim)
+    share = keys.shape[0] == 1 and batch > 1
+    if share:
+        rows = rows.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+    if mask is not None:
+        mask = mask.repeat(rows.shape[2] // length, 1)
+    output, lse = _kernel(rows, keys, values, scale, softcap, mask)
+    if share:
+        output = output.view(kv_heads, batch, -1, output.shape[-1]).transpose(0, 1)
+        lse = lse.view(kv_heads, batch, -1).transpose(0, 1)
+    return Partial(
+        output.reshape(batch, heads, length, values.shape[-1]), lse.reshape(batch, heads, length)
+    )
+
+
+def _causal(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+) -> Partial:
+    """Attend causally to the query tokens' own keys."""
+    batch, heads, length, head_dim = query.shape
+    grouped = heads != keys.shape[1]
+    kernel = _fused_kernel(query, values, softcap, masked=False, grouped=grouped)
+    if kernel is not None:
+        return kernel(query, keys, values, scale, None, True)
+    kv_heads = keys.shape[1]
+    rows = query.reshape(batch, kv_heads, -1, head_dim)
+    mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    mask = mask.repeat(heads // kv_heads, 1)
+    output, lse = _plain(rows, keys, values, scale, softcap, mask)
+    return Partial(output.reshape(batch, heads, length, -1), lse.reshape(batch, heads, length))
+
+
+def _kernel(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> Partial:
+    """Attend without causality; ``rows`` has as many heads as ``keys``."""
+    kernel = _fused_kernel(rows, values, softcap, masked=mask is not None, grouped=False)
+    if kernel is None:
+        return _plain(rows, keys, values, scale, softcap, mask)
+    output, lse = kernel(rows, keys, values, scale, mask, False)
+    if mask is not None:
+        # Fused kernels leave rows that see nothing undefined.
+        empty = ~mask.any(dim=-1)
+        output = output.masked_fill(empty[:, None], 0.0)
+        lse = lse.masked_fill(empty, -torch.inf)
+    return Partial(output, lse)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, bool], Partial]
+
+
+def _fused_kernel(
+    query: Tensor, values: Tensor, softcap: float | None, *, masked: bool, grouped: bool
+) -> Kernel | None:
+    """Choose a fused kernel that can do what is asked, or None.
+
+    Parameters
+    ----------
+    masked : bool
+        A mask is needed.
+    grouped : bool
+        The query has more heads than the keys.
+    """
+    head_dim = query.shape[-1]
+    if softcap is not None or values.shape[-1] != head_dim:
+        return None
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cpu":
+        return _flash_cpu if half or query.dtype == torch.float32 else None
+    if query.device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(query.device)[0] >= 8
+        if half and ampere and not masked and head_dim <= 256 and head_dim % 8 == 0:
+            return _flash_cuda
+        if (half or query.dtype == torch.float32) and not grouped and head_dim % 8 == 0:
+            return _efficient_cuda
+    return None
+
+
+def _flash_cpu(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Partial:
+    bias = None if mask is None else _additive(mask, query)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return Partial(output, lse)
+
+
+def _flash_cuda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Partial:
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, causal, scale=scale
+    )
+    return Partial(output, lse[..., : query.shape[2]])
+
+
+def _efficient_cuda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Partial:
+    bias = None
+    if mask is not None:
+        # The kernel wants rows of bias that start at multiples of 16 bytes.
+        columns = mask.shape[1]
+        padded = torch.nn.functional.pad(_additive(mask, query), (0, -columns % 8))
+        bias = padded[..., :columns].expand(query.shape[0], query.shape[1], -1, -1)
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, keys, values, bias, True, 0.0, causal, scale=scale
+    )
+    return Partial(output, lse[..., : query.shape[2]])
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    """Turn a boolean mask ``(rows, keys)`` into a bias ``(1, 1, rows, keys)``."""
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(~mask, -torch.inf)[None, None]
+
+
+def _plain(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> Partial:
+    """Attend with ordinary operations, in fp32 (fp64 stays fp64), block by block of keys."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    query = rows.to(dtype) * scale
+    length = keys.shape[2]
+    shape = query.shape[:-1]
+    output = query.new_zeros(*shape, values.shape[-1])
+    lse = query.new_full(shape, -torch.inf)
+    for start in range(0, length, PLAIN_BLOCK):
+        block = slice(start, min(start + PLAIN_BLOCK, length))
+        logits = query @ keys[:, :, block].to(dtype).transpose(-1, -2)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, block], -torch.inf)
+        block_lse = logits.logsumexp(dim=-1)
+        total = torch.logaddexp(lse, block_lse)
+        # A row that has seen nothing yet has no weight to share out.
+        safe = total.masked_fill(total == -torch.inf, 0.0)
+        output = output * (lse - safe).exp().unsqueeze(-1)
+        output += (logits - safe.unsqueeze(-1)).exp() @ values[:, :, block].to(dtype)
+        lse = total
+    return Partial(output, lse)

@@ -1,0 +1,275 @@
+"""APECache: a transformers cache whose contexts stay fixed while the rest grows.
+
+Layout: states are kept token-major, ``(length, kv_heads, head_dim)``, so that one context is one
+contiguous piece of a layer's buffer; attention reads them through transposed views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ape_integrations.core.attention import Partition, PartitionedStates
+
+#: Tokens that a tail has room for when it is first written, beyond what is written.
+TAIL_ROOM = 256
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Where the contexts of one prompt stand.
+
+    Parameters
+    ----------
+    prefix_length : int
+        Tokens of the shared prefix; every context starts at this position.
+    lengths : tuple of int
+        Tokens of each context, in the order of the buffer.
+    """
+
+    prefix_length: int
+    lengths: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Context tokens in the buffer."""
+        return sum(self.lengths)
+
+    @property
+    def query_position(self) -> int:
+        """Position of the first query token: right after the longest context."""
+        return self.prefix_length + max(self.lengths, default=0)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return the position of every context token, ``(total,)``."""
+        pieces = [torch.arange(length, device=device) for length in self.lengths]
+        return torch.cat(pieces) + self.prefix_length
+
+
+class APECacheLayer(CacheLayerMixin):
+    """Key and value states of one layer: shared prefix, contexts, and a tail that grows.
+
+    Parameters
+    ----------
+    layout : ContextLayout
+        Prefix length and context lengths.
+    prefix : tuple of Tensor
+        Keys and values of the prefix, each ``(prefix_length, kv_heads, head_dim)``; shared by
+        the batch, never written.
+    contexts : tuple of Tensor, optional
+        Keys and values of all contexts, each ``(total, kv_heads, head_dim)``; shared by the
+        batch, never written.
+    temperature, scale : float
+        T and S.
+    tail_capacity : int, optional
+        Tokens to allocate the tail for, where the caller knows.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self,
+        layout: ContextLayout,
+        prefix: tuple[Tensor, Tensor],
+        contexts: tuple[Tensor, Tensor] | None = None,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        tail_capacity: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self._tail_capacity = tail_capacity
+        self.temperature = temperature
+        self.scale = scale
+        self.length = 0
+        self._prefix = self._fixed(prefix, self._prefix_positions, 0, layout.prefix_length - 1)
+        self._contexts = contexts and self._fixed(
+            contexts, self._context_positions, layout.prefix_length, layout.query_position - 1
+        )
+
+    @staticmethod
+    def _fixed(
+        states: tuple[Tensor, Tensor], positions: Callable[[], Tensor], first: int, last: int
+    ) -> Partition:
+        keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in states)
+        return Partition(keys, values, positions, first, last)
+
+    def _prefix_positions(self) -> Tensor:
+        return torch.arange(self.layout.prefix_length, device=self._prefix.keys.device)
+
+    def _context_positions(self) -> Tensor:
+        assert self._contexts is not None
+        return self.layout.positions(self._contexts.keys.device)
+
+    def _tail(self, start: int, end: int, *, causal: bool) -> Partition:
+        """Return tokens ``start`` to ``end`` of the tail as a partition."""
+        offset = self.layout.query_position
+        first, last = offset + start, offset + end - 1
+        device = self.keys.device
+        return Partition(
+            self.keys[:, start:end].transpose(1, 2),
+            self.values[:, start:end].transpose(1, 2),
+            lambda: torch.arange(first, last + 1, device=device),
+            first,
+            last,
+            causal,
+        )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the tail for states like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = self._tail_capacity or key_states.shape[2] + TAIL_ROOM
+        self.keys = self._empty(key_states, capacity)
+        self.values = self._empty(value_states, capacity)
+        self.is_initialized = True
+
+    @staticmethod
+    def _empty(states: Tensor, capacity: int) -> Tensor:
+        batch, heads, _, head_dim = states.shape
+        return states.new_empty(batch, capacity, heads, head_dim)
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[PartitionedStates, PartitionedStates]:
+        """Append new tokens and return everything that they may read.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            ``(batch, kv_heads, length, head_dim)``.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.length, self.length + key_states.shape[2]
+        self._reserve(end)
+        self.keys[:, start:end] = key_states.transpose(1, 2)
+        self.values[:, start:end] = value_states.transpose(1, 2)
+        self.length = end
+        rest = [self._prefix]
+        if end - start == 1:
+            # A single token sees the whole tail, itself included.
+            rest.append(self._tail(0, end, causal=False))
+        else:
+            rest.append(self._tail(0, start, causal=False))
+            rest.append(self._tail(start, end, causal=True))
+        states = PartitionedStates(
+            rest,
+            self._contexts,
+            self.layout.query_position + start,
+            self.temperature,
+            self.scale,
+        )
+        return states, states
+
+    def _reserve(self, length: int) -> None:
+        """Make room for ``length`` tail tokens, doubling so that appending stays cheap."""
+        capacity = self.keys.shape[1]
+        if length <= capacity:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(old.shape[0], max(length, 2 * capacity), *old.shape[2:])
+            new[:, : self.length] = old[:, : self.length]
+            setattr(self, name, new)
+
+    def get_seq_length(self) -> int:
+        """Return the logical length: prefix, longest context and tail."""
+        return self.layout.query_position + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Ask for the smallest mask: partitions, not masks, say what is visible."""
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """Return -1: the tail grows without limit."""
+        return -1
+
+    def offload(self) -> None:
+        """Keep the states where they are."""
+
+    def prefetch(self) -> None:
+        """Keep the states where they are."""
+
+    def reset(self) -> None:
+        """Forget the tail; prefix and contexts stay."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens of the tail."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self.length:
+            raise ValueError(
+                f"crop() takes minus the number of tokens to remove, at most {self.length} here; "
+                f"got {tokens_to_remove}."
+            )
+        self.length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the tail for beam search; prefix and contexts are shared by all beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat the tail ``repeats`` times along the batch."""
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch items of the tail."""
+        if self.is_initialized:
+            self.keys = self.keys[indices.to(self.keys.device)]
+            self.values = self.values[indices.to(self.values.device)]
+
+
+class APECache(Cache):
+    """Cache of one prompt for ``model.generate()`` or ``model.forward()``.
+
+    It already holds prefix and contexts, so pass ids and a mask of the full logical length
+    (``layout.query_position`` tokens that stand for prefix and contexts, then the query).
+
+    Parameters
+    ----------
+    layout : ContextLayout
+        Prefix length and context lengths.
+    prefix : sequence of (Tensor, Tensor)
+        Per layer, keys and values ``(prefix_length, kv_heads, head_dim)``.
+    contexts : sequence of (Tensor, Tensor), optional
+        Per layer, keys and values ``(total, kv_heads, head_dim)``.
+    temperature, scale : float
+        T and S.
+    tail_capacity : int, optional
+        Tokens to allocate the tail for, where the caller knows.
+    """
+
+    def __init__(
+        self,
+        layout: ContextLayout,
+        prefix: Sequence[tuple[Tensor, Tensor]],
+        contexts: Sequence[tuple[Tensor, Tensor]] | None = None,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        tail_capacity: int | None = None,
+    ) -> None:
+        layers = [
+            APECacheLayer(
+                layout,
+                states,
+                None if contexts is None else contexts[index],
+                temperature,
+                scale,
+                tail_capacity,
+            )
+            for index, states in enumerate(prefix)
+        ]
+        super().__init__(layers=layers)
+        self.layout = layout
+
+    def tail(self, layer_idx: int, item: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``length`` tail tokens of one batch item, as token-major views."""
+        layer = self.layers[layer_idx]
+        return layer.keys[item, :length], layer.values[item, :length]

@@ -1,0 +1,64 @@
+"""Settings of Adaptive Parallel Encoding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ape_integrations.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class APEConfig:
+    """Settings of Adaptive Parallel Encoding (Yang, Chen, Chen, ICLR 2025, arXiv 2502.05431).
+
+    Parameters
+    ----------
+    attention_temperature : float
+        T in (0, 2]. Logits of query and generated tokens against context keys are divided by T;
+        below 1 it sharpens the attention over contexts, which parallel encoding flattens.
+    scaling_factor : float
+        S in (0, 2]. The contexts' log-sum-exp is multiplied by ``S * T`` before the contexts'
+        output is merged with that of prefix, query and generated tokens. T = S = 1 is plain
+        parallel encoding.
+    adapt_single_context : bool
+        Parallel encoding of one context *is* sequential encoding, so T = S = 1 is used there
+        unless this is true.
+    default_prefix : str
+        Shared prefix of prompts that start with a context (after the beginning-of-sequence
+        token, where the tokenizer has one). The paper uses newlines.
+    context_separator : str
+        Text appended to every context before encoding, so that a context reads as it does in a
+        prompt whatever its rank.
+    max_batch_tokens : int
+        Tokens (padding included) that are encoded in one forward pass; bounds the memory of
+        encoding.
+    max_new_tokens : int
+        Tokens to generate where a call does not say.
+    """
+
+    attention_temperature: float = 0.9
+    scaling_factor: float = 0.9
+    adapt_single_context: bool = False
+    default_prefix: str = "\n\n"
+    context_separator: str = "\n\n"
+    max_batch_tokens: int = 2048
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("attention_temperature", "scaling_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name} must be a number, not {value!r}.")
+            if not math.isfinite(value) or not 0 < value <= 2:
+                raise ConfigError(
+                    f"{name} must lie in (0, 2], not {value!r}. "
+                    "The paper uses 0.6 to 1.0; 0.9 is a good start."
+                )
+        for name in ("max_batch_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        for name in ("default_prefix", "context_separator"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a string.")

@@ -1,0 +1,181 @@
+"""Assembled contexts: the states of a prompt's contexts side by side, one buffer per layer.
+
+Fresh memory is the slow part of assembling, so buffers are reused; and a set of contexts that was
+just assembled is kept, because a chat asks about the same documents again.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ape_integrations.core.model import ModelInfo
+
+_ALIGNMENT = 64
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class ContextSet:
+    """States of several contexts, one after the other.
+
+    Parameters
+    ----------
+    staging : list of (Tensor, Tensor)
+        Per layer, keys and values ``(total, kv_heads, head_dim)`` in CPU memory.
+    layers : list of (Tensor, Tensor)
+        The same on the model's devices; ``staging`` itself where that is the CPU.
+    """
+
+    memory: Tensor
+    staging: Layers
+    layers: Layers = field(default_factory=list)
+    users: int = 1
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def destination(self, start: int, length: int) -> Layers:
+        """Return where one context's states go."""
+        end = start + length
+        return [(keys[start:end], values[start:end]) for keys, values in self.staging]
+
+
+class ContextSetPool:
+    """Shares assembled sets between generations and keeps the latest within a byte budget.
+
+    Parameters
+    ----------
+    info : ModelInfo
+        Shapes, dtype and devices of the model's states.
+    max_idle_bytes : int
+        Memory of sets that nobody uses; the least recently used are given back first.
+    """
+
+    def __init__(self, info: ModelInfo, max_idle_bytes: int) -> None:
+        self._info = info
+        self._max_idle_bytes = max_idle_bytes
+        self._lock = threading.Lock()
+        self._sets: OrderedDict[tuple[str, ...], ContextSet] = OrderedDict()
+        self._pinned = any(device.type == "cuda" for device in info.devices)
+
+    @contextmanager
+    def borrow(
+        self, keys: Sequence[str], total: int, fill: Callable[[ContextSet], None]
+    ) -> Iterator[tuple[ContextSet, bool]]:
+        """Yield the set of these entries, and whether it stood ready.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Entry keys in the order of the buffer.
+        total : int
+            Context tokens.
+        fill : callable
+            Writes the states into ``staging`` of a new set. Whoever asks for the same set
+            meanwhile waits for it.
+        """
+        name = tuple(keys)
+        context_set, owner = self._acquire(name, total)
+        try:
+            found = not owner
+            if owner:
+                self._fill(context_set, fill)
+            else:
+                context_set.ready.wait()
+                if not context_set.layers:
+                    # Its owner failed; do the work alone, unshared.
+                    self._release(name, context_set)
+                    name = ()
+                    context_set, found = self._new(total), False
+                    self._fill(context_set, fill)
+            yield context_set, found
+        finally:
+            self._release(name, context_set)
+
+    def _acquire(self, name: tuple[str, ...], total: int) -> tuple[ContextSet, bool]:
+        with self._lock:
+            known = self._sets.get(name)
+            if known is not None:
+                self._sets.move_to_end(name)
+                known.users += 1
+                return known, False
+            made = self._sets[name] = self._new(total)
+            return made, True
+
+    def _fill(self, context_set: ContextSet, fill: Callable[[ContextSet], None]) -> None:
+        try:
+            fill(context_set)
+            context_set.layers = [
+                (key.to(device, non_blocking=True), value.to(device, non_blocking=True))
+                for (key, value), device in zip(
+                    context_set.staging, self._info.devices, strict=True
+                )
+            ]
+        finally:
+            context_set.ready.set()
+
+    def _release(self, name: tuple[str, ...], context_set: ContextSet) -> None:
+        with self._lock:
+            context_set.users -= 1
+            if not context_set.layers and self._sets.get(name) is context_set:
+                del self._sets[name]
+            self._trim()
+
+    def _trim(self) -> None:
+        idle = [name for name, kept in self._sets.items() if kept.users == 0]
+        excess = sum(self._sets[name].memory.nbytes for name in idle) - self._max_idle_bytes
+        for name in idle:
+            if excess <= 0:
+                break
+            excess -= self._sets.pop(name).memory.nbytes
+
+    def _new(self, total: int) -> ContextSet:
+        """Carve the layers out of one piece of memory, taken from an idle set where one fits."""
+        size = self._info.dtype.itemsize
+        sizes = [
+            _aligned(total * math.prod(shape) * size)
+            for layer in self._info.layers
+            for shape in (layer.key_shape, layer.value_shape)
+        ]
+        memory = self._reusable(sum(sizes))
+        if memory is None:
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._pinned)
+        offset, views = 0, []
+        for layer, spec in enumerate(self._info.layers):
+            for shape, span in zip(
+                (spec.key_shape, spec.value_shape), sizes[2 * layer :], strict=False
+            ):
+                length = total * math.prod(shape) * size
+                view = memory[offset : offset + length].view(self._info.dtype)
+                views.append(view.view(total, *shape))
+                offset += span
+        return ContextSet(memory, list(zip(views[::2], views[1::2], strict=True)))
+
+    def _reusable(self, nbytes: int) -> Tensor | None:
+        """Take the memory of the oldest idle set that is large enough, but not far too large."""
+        if self._idle_bytes() + nbytes <= self._max_idle_bytes:
+            return None
+        for name, kept in self._sets.items():
+            if kept.users == 0 and nbytes <= kept.memory.nbytes <= 2 * nbytes:
+                return self._sets.pop(name).memory
+        return None
+
+    def _idle_bytes(self) -> int:
+        return sum(kept.memory.nbytes for kept in self._sets.values() if kept.users == 0)
+
+    def clear(self) -> None:
+        """Give back the memory of all sets that nobody uses."""
+        with self._lock:
+            for name in [name for name, kept in self._sets.items() if kept.users == 0]:
+                del self._sets[name]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,324 @@
+"""Around ``model.generate()``: results, stop strings, streaming, reproducible sampling."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ape_integrations.core.tokens import IncrementalDecoder, Tokens
+
+
+@dataclass
+class GenerationResult:
+    """What a generation gave.
+
+    Parameters
+    ----------
+    text : str
+        Generated text, cut before a stop string.
+    token_ids : list of int
+        Generated ids, special tokens included.
+    finish_reason : str
+        ``"stop"`` (end of sequence, stop string, stopping criterion) or ``"length"``.
+    usage : dict
+        ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
+    cache : dict
+        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``.
+    timings : dict
+        Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``first_token``
+        (from the call to the first new token) and ``total``.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "stop"
+    usage: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class TextAssembler:
+    """Turns generated ids into text, holds back what may become a stop string, and stops at one.
+
+    Parameters
+    ----------
+    tokens : Tokens
+        Decodes ids.
+    stop : sequence of str
+        Generation ends before the first of them.
+    """
+
+    def __init__(self, tokens: Tokens, stop: Sequence[str]) -> None:
+        self._decoder = IncrementalDecoder(tokens)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, ids: list[int], *, last: bool = False) -> str:
+        """Return the text that may be shown now."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.push(ids, last=last)
+        cut = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped, safe = True, cut
+        else:
+            safe = len(self._held) - (0 if last else self._possible_stop())
+        shown, self._held = self._held[:safe], self._held[safe:]
+        self.text += shown
+        return shown
+
+    def _possible_stop(self) -> int:
+        """Return how many characters at the end could be the start of a stop string."""
+        longest = max((len(text) for text in self._stop), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(text.startswith(self._held[-size:]) for text in self._stop):
+                return size
+        return 0
+
+
+class TokenSink(BaseStreamer, StoppingCriteria):
+    """Receives every new token of ``model.generate()`` and says when to stop.
+
+    Parameters
+    ----------
+    assembler : TextAssembler
+        Makes text of the tokens.
+    on_text : callable, optional
+        Called with each new piece of text.
+    streamer : BaseStreamer, optional
+        The caller's own streamer, which sees the same tokens.
+    """
+
+    def __init__(
+        self,
+        assembler: TextAssembler,
+        on_text: Callable[[str], None] | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        self._assembler = assembler
+        self._on_text = on_text
+        self._streamer = streamer
+        self._is_prompt = True
+        self.cancelled = threading.Event()
+        self.first_token_time: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (first call) or the next token."""
+        if self._streamer is not None:
+            self._streamer.put(value)
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        if self.first_token_time is None:
+            self.first_token_time = time.perf_counter()
+        self._show(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Show what was held back."""
+        if self._streamer is not None:
+            self._streamer.end()
+        self._show([], last=True)
+
+    def _show(self, ids: list[int], *, last: bool = False) -> None:
+        text = self._assembler.push(ids, last=last)
+        if text and self._on_text is not None:
+            self._on_text(text)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Say whether the generation was cancelled."""
+        stop = self.cancelled.is_set()
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
+
+
+class StopStrings(StoppingCriteria):
+    """Stops as soon as the generated text holds a stop string."""
+
+    def __init__(self, tokens: Tokens, stop: Sequence[str], prompt_length: int) -> None:
+        self._tokens = tokens
+        self._stop = stop
+        self._start = prompt_length
+        self._longest = max(map(len, stop))
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Look at the last tokens of each sequence."""
+        # A token is at least one byte of text, so this many tokens hold the longest string.
+        start = max(self._start, input_ids.shape[1] - 4 * self._longest - 8)
+        hits = [
+            any(text in self._tokens.decode(row) for text in self._stop)
+            for row in input_ids[:, start:].tolist()
+        ]
+        return torch.tensor(hits, device=input_ids.device, dtype=torch.bool)
+
+
+class SeededSampler(LogitsProcessor):
+    """Samples with a random generator of its own, so that threads do not disturb each other.
+
+    Runs under greedy decoding: it draws a token itself and leaves only that one possible.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+    ) -> None:
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._warpers = LogitsProcessorList()
+        if temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        if min_p is not None:
+            self._warpers.append(MinPLogitsWarper(min_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores in which one token per row is possible."""
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        probabilities = self._warpers(input_ids, scores).softmax(dim=-1)
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class GenerationStream(Iterator[str]):
+    """Pieces of text as they are generated; :attr:`result` once it is exhausted.
+
+    Generation runs in a thread of its own. Closing the stream early (``close()``, leaving a
+    ``with`` block, or dropping the last reference) stops it after the current token.
+
+    Parameters
+    ----------
+    run : callable
+        Generates; is given a function for pieces of text and one for the sink that cancels.
+    """
+
+    _END = object()
+
+    def __init__(
+        self,
+        run: Callable[[Callable[[str], None], Callable[[TokenSink], None]], GenerationResult],
+    ) -> None:
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._state = _StreamState()
+        self._thread = threading.Thread(
+            target=_run_stream, args=(run, self._queue, self._state), daemon=True
+        )
+        self._started = False
+        self._finished = False
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole result, after the last piece.
+
+        Raises
+        ------
+        RuntimeError
+            The stream has not ended, or was closed before it did.
+        """
+        if self._state.result is None or not self._finished:
+            raise RuntimeError("The result is known once the stream has been read to its end.")
+        return self._state.result
+
+    def __iter__(self) -> GenerationStream:
+        """Return the stream itself."""
+        return self
+
+    def __next__(self) -> str:
+        """Return the next piece of text."""
+        if self._finished:
+            raise StopIteration
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        item = self._queue.get()
+        if isinstance(item, str):
+            return item
+        self._finished = True
+        self._thread.join()
+        if isinstance(item, BaseException):
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop generating and wait until everything it held is free."""
+        self._finished = True
+        self._state.cancel()
+        if self._started and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> GenerationStream:
+        """Return the stream itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the stream."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Stop generating when nobody listens any more."""
+        self._state.cancel()
+
+
+class _StreamState:
+    """Shared by a stream and its thread, so that a dropped stream can be collected."""
+
+    def __init__(self) -> None:
+        self.result: GenerationResult | None = None
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._sink: TokenSink | None = None
+
+    def set_sink(self, sink: TokenSink) -> None:
+        with self._lock:
+            self._sink = sink
+            if self._cancelled:
+                sink.cancelled.set()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            if self._sink is not None:
+                self._sink.cancelled.set()
+
+
+def _run_stream(
+    run: Callable[[Callable[[str], None], Callable[[TokenSink], None]], GenerationResult],
+    pieces: queue.SimpleQueue[object],
+    state: _StreamState,
+) -> None:
+    try:
+        state.result = run(pieces.put, state.set_sink)
+    except BaseException as error:  # handed to the reader, who would wait for ever otherwise
+        pieces.put(error)
+    else:
+        pieces.put(GenerationStream._END)

@@ -1,0 +1,564 @@
+"""APEGenerator: looks states up, encodes what is missing, combines, generates."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+
+from ape_integrations.core.cache import APECache, ContextLayout
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.context_sets import ContextSet, ContextSetPool
+from ape_integrations.core.encoder import ContextEncoder
+from ape_integrations.core.errors import ConfigError, ContextWindowError, UnsupportedModelError
+from ape_integrations.core.fingerprint import ModelFingerprint
+from ape_integrations.core.generation import (
+    GenerationResult,
+    GenerationStream,
+    SeededSampler,
+    StopStrings,
+    TextAssembler,
+    TokenSink,
+)
+from ape_integrations.core.model import attach, check_supported
+from ape_integrations.core.prompt import PromptParts, PromptSplitter
+from ape_integrations.core.registry import ContextRegistry
+from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
+from ape_integrations.core.tokens import Tokens
+from ape_integrations.store import KVStore, open_store
+
+#: Arguments of ``model.generate()`` that describe the prompt, which the generator owns.
+_OWNED = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "cache_implementation",
+    "return_dict_in_generate",
+)
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """Token ids of one prompt, part by part.
+
+    Parameters
+    ----------
+    prefix, query : list of int
+        Token ids.
+    contexts : list of list of int
+        Token ids of each context; equal contexts stand once.
+    """
+
+    prefix: list[int]
+    contexts: list[list[int]]
+    query: list[int]
+
+    @property
+    def layout(self) -> ContextLayout:
+        """Where the contexts stand."""
+        return ContextLayout(len(self.prefix), tuple(len(ids) for ids in self.contexts))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens in all."""
+        return len(self.prefix) + sum(map(len, self.contexts)) + len(self.query)
+
+    def logical_ids(self) -> list[int]:
+        """Return ids of the prompt's logical length: the longest context stands for all."""
+        longest = max(self.contexts, key=len, default=[])
+        return [*self.prefix, *longest, *self.query]
+
+
+class APEGenerator:
+    """Generates behind contexts whose KV states come from a store (arXiv 2502.05431).
+
+    Safe for use from many threads at once.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder-only model with a language modelling head.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer.
+    store : KVStore, str, Path or None
+        Where states are kept. A path is the directory of an on-disk store; None is the default
+        directory in the user's cache.
+    config : APEConfig, optional
+        T, S and the limits of encoding.
+    context_set_bytes : int
+        Memory for assembled context sets that no generation is using at the moment.
+
+    Raises
+    ------
+    UnsupportedModelError
+        APE cannot serve the model; raised before any work.
+    StoreError
+        The store cannot be opened.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: KVStore | str | Path | None = None,
+        config: APEConfig | None = None,
+        *,
+        context_set_bytes: int = 2 << 30,
+    ) -> None:
+        check_supported(model)
+        self.config = config or APEConfig()
+        self.store = open_store(store)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer)
+        self.info = attach(model)
+        self.registry = ContextRegistry()
+        self._splitter = PromptSplitter(self.registry, tokenizer=tokenizer)
+        self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
+        self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
+        self._sets = ContextSetPool(self.info, context_set_bytes)
+        self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        store: KVStore | str | Path | None = None,
+        config: APEConfig | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **model_kwargs: Any,
+    ) -> APEGenerator:
+        """Load model and tokenizer with transformers.
+
+        Parameters
+        ----------
+        name_or_path : str or Path
+            Hub name or directory.
+        tokenizer_kwargs, **model_kwargs
+            For ``AutoTokenizer.from_pretrained`` and ``AutoModelForCausalLM.from_pretrained``
+            (``dtype``, ``device_map``, ``revision``, ...).
+
+        Raises
+        ------
+        UnsupportedModelError
+            The model is no causal language model, or APE cannot serve it.
+        """
+        name = str(name_or_path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"{name} is no causal language model (an encoder-decoder or encoder-only model?). "
+                "Use a decoder-only model such as Llama, Qwen or Mistral."
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
+        return cls(model, tokenizer, store=store, config=config)
+
+    # Prompts ------------------------------------------------------------------------------------
+
+    def split(self, prompt: str) -> PromptParts:
+        """Split a rendered prompt into prefix, registered contexts and query."""
+        return self._splitter.split(prompt)
+
+    def prepare(self, prefix: str, contexts: Sequence[str], query: str) -> PreparedPrompt:
+        """Tokenise each part of a prompt alone.
+
+        Raises
+        ------
+        ConfigError
+            A context is empty, or the query, or without contexts the whole prompt.
+        """
+        if isinstance(contexts, str):
+            raise ConfigError("contexts must be a sequence of strings, not one string.")
+        if not contexts:
+            ids = self.tokens.prompt(prefix + query)
+            if not ids:
+                raise ConfigError("The prompt is empty: there is nothing to generate from.")
+            return PreparedPrompt([], [], ids)
+        query_ids = self.tokens.rest(query)
+        if not query_ids:
+            raise ConfigError("The query is empty: something must stand behind the contexts.")
+        return PreparedPrompt(self.prefix_ids(prefix), self.context_ids(contexts), query_ids)
+
+    def prefix_ids(self, prefix: str) -> list[int]:
+        """Tokenise a shared prefix; an empty one becomes the default prefix."""
+        if prefix:
+            return self.tokens.prompt(prefix)
+        return self.tokens.default_prefix(self.config.default_prefix)
+
+    def context_ids(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Tokenise contexts, each with a trailing separator and special tokens as plain text.
+
+        Raises
+        ------
+        ConfigError
+            A context is empty.
+        """
+        if any(not text.strip() for text in contexts):
+            raise ConfigError("A context is empty. Leave empty texts out.")
+        separator = self.config.context_separator
+        unique = {tuple(self.tokens.literal(text.strip() + separator)): None for text in contexts}
+        return [list(ids) for ids in unique]
+
+    def _fit(self, prompt: PreparedPrompt, new_tokens: int) -> PreparedPrompt:
+        """Check the position limit, and split contexts that are too long for it."""
+        limit = self.info.max_positions
+        if limit is None:
+            return prompt
+        room = limit - len(prompt.prefix) - len(prompt.query) - new_tokens
+        if room < (1 if prompt.contexts else 0):
+            raise ContextWindowError(
+                f"The prompt does not fit the model's {limit} positions: prefix "
+                f"{len(prompt.prefix)} + query {len(prompt.query)} + new tokens {new_tokens}"
+                f"{', and some room for contexts' if prompt.contexts else ''}. "
+                "Shorten the query or the history, or lower max_new_tokens."
+            )
+        if all(len(ids) <= room for ids in prompt.contexts):
+            return prompt
+        warnings.warn(
+            f"A context is longer than the {room} positions left for it and is read as several "
+            "contexts. Smaller chunks give better answers.",
+            stacklevel=4,
+        )
+        pieces = [ids[i : i + room] for ids in prompt.contexts for i in range(0, len(ids), room)]
+        return replace(prompt, contexts=pieces)
+
+    # States -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _cache(self, prompt: PreparedPrompt, figures: Figures) -> Iterator[APECache]:
+        """Yield a cache that holds prefix and contexts; their memory is lent until the exit."""
+        temperature, scale = self.config.attention_temperature, self.config.scaling_factor
+        if len(prompt.contexts) == 1 and not self.config.adapt_single_context:
+            temperature = scale = 1.0
+        self._note_prefix(prompt.prefix)
+        prefix = self._source.prefix(prompt.prefix, figures)
+        # Attention does not see the order of contexts, so equal sets are one set.
+        keyed = {self._source.key(prompt.prefix, ids): ids for ids in prompt.contexts}
+        keys = sorted(keyed)
+        contexts = [keyed[key] for key in keys]
+        layout = ContextLayout(len(prompt.prefix), tuple(len(ids) for ids in contexts))
+
+        def fill(target: ContextSet) -> None:
+            self._source.fill(prompt.prefix, contexts, keys, target, figures)
+
+        with self._sets.borrow(keys, layout.total, fill) as (context_set, ready):
+            if ready:
+                figures.hits += len(contexts)
+            yield APECache(layout, prefix, context_set.layers, temperature, scale)
+
+    def _note_prefix(self, ids: list[int]) -> None:
+        """Remember the prefix, so that texts can be prefetched behind it."""
+        self._recent_prefixes[tuple(ids)] = None
+        self._recent_prefixes.move_to_end(tuple(ids))
+        while len(self._recent_prefixes) > KEPT_PREFIXES:
+            self._recent_prefixes.popitem(last=False)
+
+    def warm(
+        self, prefix: str, contexts: Sequence[str], show_progress: bool = True
+    ) -> dict[str, int]:
+        """Encode and store contexts ahead of time.
+
+        Parameters
+        ----------
+        prefix : str
+            The prefix that prompts will have, up to their first context.
+        contexts : sequence of str
+            Texts as prompts will contain them.
+        show_progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        dict
+            ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now).
+        """
+        figures = Figures()
+        ids = self.context_ids(contexts)
+        self._source.ensure(self.prefix_ids(prefix), ids, figures, show_progress)
+        self.store.flush()
+        return {"contexts": len(ids), "hits": figures.hits, "misses": figures.misses}
+
+    def prefetch(self, texts: Iterable[str]) -> None:
+        """Load or encode texts in the background, behind the prefixes used lately.
+
+        Returns at once. A failure shows in the request that needs the states, not here.
+        """
+        contexts = [text for text in texts if text.strip()]
+        prefixes = list(reversed(self._recent_prefixes))
+        if contexts and prefixes:
+            self._background.submit(self._prefetch, prefixes[0], contexts)
+
+    def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str]) -> None:
+        ids = self.context_ids(contexts)
+        self._source.promote(prefix_ids, ids)
+        self._source.ensure(prefix_ids, ids, Figures(), show_progress=False)
+
+    # Generation ---------------------------------------------------------------------------------
+
+    def generate(
+        self, prefix: str, contexts: Sequence[str], query: str, **generation_kwargs: Any
+    ) -> GenerationResult:
+        """Generate behind a prefix, contexts in any order, and a query.
+
+        Parameters
+        ----------
+        prefix : str
+            Shared prefix; an empty one becomes the config's default prefix.
+        contexts : sequence of str
+            Retrieved texts. Without any this is an ordinary generation.
+        query : str
+            Everything behind the contexts.
+        **generation_kwargs
+            As for ``model.generate()``, and ``stop`` (strings to stop before) and ``seed``
+            (sampling with a random generator of its own).
+
+        Raises
+        ------
+        ConfigError
+            Empty query or context, or an argument that cannot be combined with APE.
+        ContextWindowError
+            The prompt does not fit the model.
+        """
+        return self._run(self.prepare(prefix, contexts, query), generation_kwargs)
+
+    def stream(
+        self, prefix: str, contexts: Sequence[str], query: str, **generation_kwargs: Any
+    ) -> GenerationStream:
+        """Generate piece by piece; arguments as for :meth:`generate`.
+
+        Returns
+        -------
+        GenerationStream
+            Iterator over pieces of text; its ``result`` is known after the last one. Closing it
+            stops the generation.
+        """
+        return self._stream(self.prepare(prefix, contexts, query), generation_kwargs)
+
+    def generate_prompt(self, prompt: str, **generation_kwargs: Any) -> GenerationResult:
+        """Split a rendered prompt at its registered contexts and generate."""
+        parts = self.split(prompt)
+        return self.generate(parts.prefix, parts.contexts, parts.query, **generation_kwargs)
+
+    def stream_prompt(self, prompt: str, **generation_kwargs: Any) -> GenerationStream:
+        """Split a rendered prompt at its registered contexts and generate piece by piece."""
+        parts = self.split(prompt)
+        return self.stream(parts.prefix, parts.contexts, parts.query, **generation_kwargs)
+
+    def _stream(self, prompt: PreparedPrompt, kwargs: dict[str, Any]) -> GenerationStream:
+        start = time.perf_counter()
+        if kwargs.get("num_beams", 1) > 1:
+            raise ConfigError("Beam search cannot be streamed: use generate(), or num_beams=1.")
+        self._check_kwargs(kwargs)
+
+        def run(
+            on_text: Callable[[str], None], on_sink: Callable[[TokenSink], None]
+        ) -> GenerationResult:
+            return self._run(prompt, kwargs, on_text, on_sink, start)
+
+        return GenerationStream(run)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        prompt: PreparedPrompt,
+        generation_kwargs: dict[str, Any],
+        on_text: Callable[[str], None] | None = None,
+        on_sink: Callable[[TokenSink], None] | None = None,
+        start: float | None = None,
+    ) -> GenerationResult:
+        figures = Figures()
+        figures.start = start or figures.start
+        self._check_kwargs(generation_kwargs)
+        kwargs = dict(generation_kwargs)
+        new_tokens = self._max_new_tokens(kwargs)
+        prompt = self._fit(prompt, new_tokens)
+        stop = _strings(kwargs.pop("stop", None))
+        assembler = TextAssembler(self.tokens, stop)
+        sink = TokenSink(assembler, on_text, kwargs.pop("streamer", None))
+        if on_sink is not None:
+            on_sink(sink)
+        logical = prompt.logical_ids()
+        self._prepare_kwargs(kwargs, sink, stop, len(logical))
+        kwargs["max_new_tokens"] = new_tokens
+        input_ids = torch.tensor([logical], device=self.info.input_device)
+        kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if prompt.contexts:
+            with self._cache(prompt, figures) as cache:
+                sequences = self.model.generate(input_ids, past_key_values=cache, **kwargs)
+        else:
+            sequences = self.model.generate(input_ids, **kwargs)
+        new = sequences[0, len(logical) :].tolist()
+        if sink.first_token_time is None:  # beam search streams nothing
+            sink.first_token_time = time.perf_counter()
+            assembler.push(new, last=True)
+        return self._result(prompt, new, new_tokens, assembler, sink, figures)
+
+    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        owned = [name for name in _OWNED if name in kwargs]
+        if owned:
+            raise ConfigError(
+                f"{', '.join(owned)} cannot be passed: the generator sets up prompt and cache "
+                "itself. Pass prefix, contexts and query."
+            )
+        if kwargs.get("num_return_sequences", 1) != 1:
+            raise ConfigError("num_return_sequences must be 1: a result holds one text.")
+        if kwargs.get("assistant_model") is not None:
+            raise ConfigError("assistant_model is not supported together with cached contexts.")
+
+    def _max_new_tokens(self, kwargs: dict[str, Any]) -> int:
+        if "max_length" in kwargs:
+            raise ConfigError(
+                "max_length counts prompt tokens, which cached contexts make ambiguous. "
+                "Use max_new_tokens."
+            )
+        config = kwargs.get("generation_config") or self.model.generation_config
+        value = kwargs.get("max_new_tokens") or config.max_new_tokens or self.config.max_new_tokens
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"max_new_tokens must be a whole number of at least 1, not {value}.")
+        return value
+
+    def _prepare_kwargs(
+        self, kwargs: dict[str, Any], sink: TokenSink, stop: list[str], prompt_length: int
+    ) -> None:
+        """Turn our own arguments into those of ``model.generate()``."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        criteria: StoppingCriteriaList = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+        criteria.append(sink)
+        if stop:
+            criteria.append(StopStrings(self.tokens, stop, prompt_length))
+        kwargs["stopping_criteria"] = criteria
+        if (kwargs.get("num_beams") or config.num_beams or 1) == 1:
+            kwargs["streamer"] = sink
+        seed = kwargs.pop("seed", None)
+        do_sample = kwargs.get("do_sample", config.do_sample)
+        if seed is not None and do_sample:
+            names = ("temperature", "top_k", "top_p", "min_p")
+            warpers = {name: kwargs.pop(name, getattr(config, name, None)) for name in names}
+            warpers["temperature"] = warpers["temperature"] or 1.0
+            processors = LogitsProcessorList(kwargs.get("logits_processor") or [])
+            processors.append(SeededSampler(seed, **warpers))
+            kwargs.update(logits_processor=processors, do_sample=False)
+            # Greedy decoding refuses the settings of sampling, which the sampler has taken.
+            kwargs.update(temperature=None, top_k=None, top_p=None, min_p=None)
+        if kwargs.get("pad_token_id") is None and config.pad_token_id is None:
+            # Padding never happens; naming a token spares the user transformers' warning.
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            kwargs["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+
+    def _result(
+        self,
+        prompt: PreparedPrompt,
+        new: list[int],
+        new_tokens: int,
+        assembler: TextAssembler,
+        sink: TokenSink,
+        figures: Figures,
+    ) -> GenerationResult:
+        now = time.perf_counter()
+        eos = self.model.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, list) else [eos])
+        ended = bool(new) and new[-1] in ends
+        full = len(new) >= new_tokens and not ended and not assembler.stopped
+        assert sink.first_token_time is not None
+        return GenerationResult(
+            text=assembler.text,
+            token_ids=new,
+            finish_reason="length" if full else "stop",
+            usage={
+                "prompt_tokens": prompt.num_tokens,
+                "completion_tokens": len(new),
+                "total_tokens": prompt.num_tokens + len(new),
+            },
+            cache={
+                "contexts": len(prompt.contexts),
+                "hits": figures.hits,
+                "misses": figures.misses,
+                "bytes_loaded": figures.bytes_loaded,
+            },
+            timings={
+                "load": figures.load,
+                "encode": figures.encode,
+                "first_token": sink.first_token_time - figures.start,
+                "total": now - figures.start,
+            },
+        )
+
+    @torch.no_grad()
+    def query_logits(
+        self,
+        prefix_ids: Sequence[int],
+        context_ids: Sequence[Sequence[int]],
+        query_ids: Sequence[int],
+    ) -> Tensor:
+        """Return the logits at every query token.
+
+        Parameters
+        ----------
+        prefix_ids, query_ids : sequence of int
+            Token ids; the prefix may be empty, the query not.
+        context_ids : sequence of sequences of int
+            Token ids of each context.
+
+        Returns
+        -------
+        Tensor
+            ``(len(query_ids), vocab_size)``.
+        """
+        if not query_ids or any(not ids for ids in context_ids):
+            raise ConfigError("The query and every context need at least one token.")
+        prompt = PreparedPrompt(list(prefix_ids), [list(c) for c in context_ids], list(query_ids))
+        prompt = self._fit(prompt, 0)
+        device = self.info.input_device
+        if not prompt.contexts:
+            ids = torch.tensor([prompt.prefix + prompt.query], device=device)
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0, len(prompt.prefix) :]
+        with self._cache(prompt, Figures()) as cache:
+            ids = torch.tensor([prompt.query], device=device)
+            start = prompt.layout.query_position
+            positions = torch.arange(start, start + len(prompt.query), device=device)
+            logits = self.model(
+                input_ids=ids,
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        return logits[0]
+
+    def close(self) -> None:
+        """Finish background work, write what is pending, and give memory back."""
+        self._background.shutdown(wait=True)
+        self._sets.clear()
+        self.store.flush()
+
+
+def _strings(stop: str | Sequence[str] | None) -> list[str]:
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else [text for text in stop if text]
