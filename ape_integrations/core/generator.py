@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ape_integrations.core.cache import APECache, ContextLayout
+from ape_integrations.core.chat import template_special_tokens, turn_markers
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.context_sets import ContextSet, ContextSetPool
 from ape_integrations.core.encoder import ContextEncoder
@@ -134,7 +135,11 @@ class APEGenerator:
         self.tokens = Tokens(tokenizer)
         self.info = attach(model)
         self.registry = ContextRegistry()
-        self._splitter = PromptSplitter(self.registry, tokenizer=tokenizer)
+        self._splitter = PromptSplitter(
+            self.registry,
+            special_tokens=template_special_tokens(tokenizer),
+            turn_markers=turn_markers(tokenizer),
+        )
         self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
         self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
         self._sets = ContextSetPool(self.info, context_set_bytes)

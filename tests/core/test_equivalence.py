@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ape_integrations.core.attention import partitioned_attention
+from ape_integrations.core.cache import APECacheLayer, ContextLayout
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.generator import APEGenerator, PreparedPrompt
 from ape_integrations.store import MemoryKVStore
 from tests.models import VOCAB, byte_tokenizer, tiny_model
 from tests.reference import reference_greedy, reference_logits
@@ -48,3 +50,129 @@ def test_contexts_equal_brute_force(family: str, temperature: float, scale: floa
     logits = generator.query_logits(PREFIX, CONTEXTS, QUERY)
     expected = reference_logits(generator.model, PREFIX, CONTEXTS, QUERY, temperature, scale)
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_brute_force(family: str) -> None:
+    """Sixteen decoded tokens, each step's logits included."""
+    generator = _generator(family, attention_temperature=0.7, scaling_factor=1.2)
+    expected, rows = reference_greedy(generator.model, PREFIX, CONTEXTS, QUERY, 0.7, 1.2, 16)
+    prompt = PreparedPrompt(PREFIX, CONTEXTS, QUERY)
+    seen: list[torch.Tensor] = []
+
+    def record(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores[0].clone())
+        return scores
+
+    result = generator._run(
+        prompt,
+        {"max_new_tokens": 16, "do_sample": False, "logits_processor": [record], "eos_token_id": -1},
+    )
+    assert result.token_ids == expected
+    torch.testing.assert_close(torch.stack(seen).double(), rows, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [4, 9, 14, 20, 33])
+def test_sliding_window_masks_by_position(window: int) -> None:
+    """Windows shorter and longer than the contexts; contexts longer than the window."""
+    model = tiny_model("mistral", sliding_window=window)
+    generator = APEGenerator(
+        model,
+        byte_tokenizer(),
+        MemoryKVStore(),
+        APEConfig(attention_temperature=0.8, scaling_factor=1.1),
+    )
+    logits = generator.query_logits(PREFIX, CONTEXTS, QUERY)
+    expected = reference_logits(model, PREFIX, CONTEXTS, QUERY, 0.8, 1.1)
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_order_of_contexts_does_not_matter() -> None:
+    """Contexts share positions, so a set has no order."""
+    generator = _generator("llama")
+    forward = generator.query_logits(PREFIX, CONTEXTS, QUERY)
+    backward = _generator("llama").query_logits(PREFIX, CONTEXTS[::-1], QUERY)
+    torch.testing.assert_close(forward, backward, atol=1e-4, rtol=0)
+
+
+def test_cached_fresh_and_batched_states_agree() -> None:
+    """One by one, in one padded batch, in pieces, or read back: the same logits."""
+    fresh = _generator("qwen3", max_batch_tokens=1)
+    batched = _generator("qwen3", max_batch_tokens=1000)
+    pieces = _generator("qwen3", max_batch_tokens=6)
+    expected = fresh.query_logits(PREFIX, CONTEXTS, QUERY)
+    torch.testing.assert_close(
+        batched.query_logits(PREFIX, CONTEXTS, QUERY), expected, atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        pieces.query_logits(PREFIX, CONTEXTS, QUERY), expected, atol=1e-4, rtol=0
+    )
+    batched._sets.clear()
+    again = batched.query_logits(PREFIX, CONTEXTS, QUERY)
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
+
+
+def test_empty_prefix_equals_brute_force() -> None:
+    """Contexts may start the sequence."""
+    generator = _generator("llama")
+    logits = generator.query_logits([], CONTEXTS, QUERY)
+    expected = reference_logits(generator.model, [], CONTEXTS, QUERY, 0.9, 0.9)
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 9])
+def test_plain_and_fused_attention_agree(
+    softcap: float | None, with_sinks: bool, window: int | None
+) -> None:
+    """Softcap, sinks and windows against one softmax over reweighted float64 logits."""
+    torch.manual_seed(1)
+    temperature, scale, prefix, lengths, tail, new = 0.8, 1.2, 3, (5, 9, 2), 4, 6
+    heads, kv_heads, dim = 6, 2, 8
+    layout = ContextLayout(prefix, lengths)
+    states = [torch.randn(n, kv_heads, dim) for n in (prefix, prefix, sum(lengths), sum(lengths))]
+    layer = APECacheLayer(layout, (states[0], states[1]), (states[2], states[3]), temperature, scale)
+    layer.update(torch.randn(2, kv_heads, tail, dim), torch.randn(2, kv_heads, tail, dim))
+    parts, _ = layer.update(torch.randn(2, kv_heads, new, dim), torch.randn(2, kv_heads, new, dim))
+    query = torch.randn(2, heads, new, dim)
+    sinks = torch.randn(heads) if with_sinks else None
+    output = partitioned_attention(
+        query, parts, scaling=0.3, softcap=softcap, sliding_window=window, sinks=sinks
+    )
+
+    keys = torch.cat(
+        [states[0].expand(2, -1, -1, -1), states[2].expand(2, -1, -1, -1), layer.keys[:, :10]], 1
+    ).double()
+    values = torch.cat(
+        [states[1].expand(2, -1, -1, -1), states[3].expand(2, -1, -1, -1), layer.values[:, :10]], 1
+    ).double()
+    positions = torch.tensor(
+        [*range(prefix), *(prefix + i for n in lengths for i in range(n)), *range(12, 22)]
+    )
+    rows = torch.arange(16, 22)
+    context = torch.zeros(len(positions), dtype=torch.bool)
+    context[prefix : prefix + sum(lengths)] = True
+    logits = torch.einsum(
+        "bhid,bjhd->bhij", query.double(), keys.repeat_interleave(heads // kv_heads, 2)
+    )
+    logits = logits * 0.3
+    logits = torch.where(context, logits / temperature, logits)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    visible = positions[None] <= rows[:, None]
+    if window:
+        visible &= rows[:, None] - positions[None] < window
+    logits = logits.masked_fill(~visible, -torch.inf)
+    lse = logits.masked_fill(~context, -torch.inf).logsumexp(-1, keepdim=True)
+    shift = torch.where(lse.isinf(), 0.0, (scale * temperature - 1) * lse)
+    logits = torch.where(context, logits + shift, logits)
+    if sinks is not None:
+        extra = sinks.double().view(1, -1, 1, 1).expand(2, heads, new, 1)
+        weights = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    expected = torch.einsum(
+        "bhij,bjhd->bhid", weights, values.repeat_interleave(heads // kv_heads, 2)
+    )
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
