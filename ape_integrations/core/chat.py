@@ -1,0 +1,441 @@
+"""Messages -> rendered prompt, through whatever chat template the tokenizer has."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ape_integrations.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+DEFAULT_DATE = datetime.date(2024, 7, 26)
+# A changing date in the prefix would make every key new.
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "chatbot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+_OPENING = "(The conversation begins with the assistant.)"
+_PLAIN_HEADERS = {"system": "System: ", "user": "User: ", "assistant": "Assistant: "}
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+    template_date: datetime.date | None = DEFAULT_DATE,
+    **template_kwargs: Any,
+) -> str:
+    """Render messages with the tokenizer's chat template.
+
+    What the template can do is found out by trying, once per template. Messages are rewritten only
+    as far as it needs: repeated roles are merged with a blank line between them, system messages
+    become one, or a part of the next user message where the template knows no system role (or none
+    in the middle), tool calls and results become readable text. A tokenizer without a template
+    gets plain ``System:``, ``User:`` and ``Assistant:`` paragraphs.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    messages : sequence of dict
+        Each with ``role`` (system, user, assistant or tool) and ``content`` (text, or a list of
+        text parts), and what else the template reads (``tool_calls``, ``name``, ``tool_call_id``).
+    tools : sequence, optional
+        Tools as transformers takes them: JSON schemas or typed functions.
+    add_generation_prompt : bool
+        Whether to end with the header of the answer.
+    template_date : datetime.date, optional
+        Date for templates that ask for the current one. It is constant by default, because a
+        prefix that changes every day would make every stored entry useless the next day. None: the
+        real date.
+    **template_kwargs
+        Passed to the template, for example ``enable_thinking=False``.
+
+    Returns
+    -------
+    str
+        Special tokens included: encode it without adding them again.
+
+    Raises
+    ------
+    ConfigError
+        For no messages, an unknown role, content other than text, tools that the template cannot
+        show, or a template that refuses the messages in every form.
+    """
+    chat = [_checked(message) for message in messages]
+    if not chat:
+        raise ConfigError(
+            "There are no messages to render: pass at least one, such as a user message."
+        )
+    if _template(tokenizer, tools) is None:
+        if tools:
+            raise ConfigError(
+                "The tokenizer has no chat template, so tools cannot be described to the model: use "
+                "a tokenizer with a tool template or leave the tools out."
+            )
+        return _plain(chat, add_generation_prompt)
+
+    def render(some: Sequence[Message]) -> str:
+        return _render(
+            tokenizer,
+            some,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            template_date=template_date,
+            **template_kwargs,
+        )
+
+    can = _abilities(tokenizer, tools)
+    if tools and not can.tools:
+        raise ConfigError(
+            "The chat template of this tokenizer has no place for tools: use a model with tool "
+            "support or leave the tools out."
+        )
+    problem: Exception | None = None
+    for attempt in (can, _Abilities(tool_role=can.tool_role, system=can.system), _Abilities()):
+        adapted = _adapt(chat, attempt)
+        for some in (adapted, [_with_short_ids(message) for message in adapted]):
+            try:
+                return render(some)
+            except Exception as error:  # a template may raise anything
+                problem = problem or error
+    raise ConfigError(
+        f"The chat template of this tokenizer refuses the messages (roles: "
+        f"{', '.join(message['role'] for message in chat)}): {problem}"
+    ) from problem
+
+
+def template_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Strings that stand for special tokens in a rendered prompt, longest first.
+
+    These are the tokenizer's special tokens and the added tokens that look like markup (such as
+    ``<tool_response>``), without reserved ones.
+    """
+    tokens = set(map(str, tokenizer.all_special_tokens)) | {
+        token for token in tokenizer.get_added_vocab() if re.match(r"[<\[|{].*[>\]|}]$", token)
+    }
+    numbered = re.compile(r".*(?:reserved|unused|extra_id|placeholder).*\d")
+    kept = (token for token in tokens if token.strip() and not numbered.match(token))
+    return tuple(sorted(kept, key=lambda token: (-len(token), token)))
+
+
+def turn_markers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the text with which the chat template begins a message, by role.
+
+    Learned by rendering small conversations. A role whose header cannot be told is left out.
+    """
+    if _template(tokenizer, None) is None:
+        return dict(_PLAIN_HEADERS)
+    system, first, answer, second = (f"zq{i}zq" for i in range(4))
+    chat = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": second},
+    ]
+    markers: dict[str, str] = {}
+    try:
+        asked = _render(tokenizer, chat[:1], add_generation_prompt=False)
+        opened = _render(tokenizer, chat[:1], add_generation_prompt=True)
+        answered = _render(tokenizer, chat[:2], add_generation_prompt=False)
+        whole = _render(tokenizer, chat, add_generation_prompt=False)
+    except Exception:  # a template may raise anything; headers of common families are known anyway
+        return markers
+    if opened.startswith(asked):
+        markers["assistant"] = opened[len(asked) :]
+    ending = answered[answered.rfind(answer) + len(answer) :]
+    between = whole[whole.find(answer) + len(answer) : whole.find(second)]
+    if between.startswith(ending):
+        markers["user"] = between[len(ending) :]
+    try:
+        told = _render(
+            tokenizer,
+            [{"role": "system", "content": system}, *chat[:1]],
+            add_generation_prompt=False,
+        )
+    except Exception:
+        told = ""
+    bos = str(tokenizer.bos_token or "")
+    header = told[: told.find(system)].removeprefix(bos) if system in told else ""
+    if header.strip() and header.strip() != markers.get("user", "").strip():
+        markers["system"] = header
+    return {role: marker for role, marker in markers.items() if marker.strip()}
+
+
+@dataclass(frozen=True)
+class _Abilities:
+    """What a template renders as it is; the defaults are those of the plainest template."""
+
+    system: bool = False  # a system message before the first user message
+    late_system: bool = False  # a system message anywhere else
+    repeats: bool = False  # the same role twice in a row
+    opening: bool = False  # a conversation that the assistant begins
+    tool_role: bool = False  # tool calls and tool messages
+    tools: bool = False  # a list of tools
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str | None:
+    try:
+        template: str = tokenizer.get_chat_template(tools=list(tools) if tools else None)
+    except (ValueError, AttributeError):
+        return None
+    return template
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+    template_date: datetime.date | None = DEFAULT_DATE,
+    **template_kwargs: Any,
+) -> str:
+    template = _template(tokenizer, tools) or ""
+    if template_date is not None and "strftime_now" in template:
+        template = _frozen_clock(template_date) + template
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) if tools else None,
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+        **template_kwargs,
+    )
+    return str(rendered)
+
+
+@functools.lru_cache(maxsize=16)
+def _frozen_clock(date: datetime.date) -> str:
+    """Template text that answers `strftime_now` with a fixed date.
+
+    transformers gives templates this function as a global and lets no function pass as a keyword,
+    but a macro of the template itself comes before a global. It replaces the directives one by
+    one.
+    """
+    midnight = datetime.datetime.combine(date, datetime.time())
+    expression = "format"
+    for directive in "AaBbdmyYjHIMSp":
+        expression += (
+            f"|replace('%-{directive}', '{midnight.strftime('%' + directive).lstrip('0')}')"
+        )
+        expression += f"|replace('%{directive}', '{midnight.strftime('%' + directive)}')"
+    # The empty expression at the end keeps a line break that the template begins with.
+    return "{% macro strftime_now(format) %}{{ " + expression + " }}{% endmacro %}{{ '' }}"
+
+
+# What the template can do ------------------------------------------------------------------------
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zqtoolzq",
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "A word."}},
+            "required": ["word"],
+        },
+    },
+}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "zqcallzq1",
+            "type": "function",
+            "function": {"name": "zqcalledzq", "arguments": {"word": "zqargumentzq"}},
+        }
+    ],
+}
+
+
+def _abilities(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> _Abilities:
+    template = _template(tokenizer, tools)
+    specials = tuple(sorted((name, str(t)) for name, t in tokenizer.special_tokens_map.items()))
+    key = hashlib.sha256(repr((template, specials)).encode()).hexdigest()
+    if key not in _known_abilities:
+        _known_abilities[key] = _probe(functools.partial(_render, tokenizer))
+        while len(_known_abilities) > 64:
+            _known_abilities.pop(next(iter(_known_abilities)))
+    return _known_abilities[key]
+
+
+_known_abilities: dict[str, _Abilities] = {}
+
+
+def _probe(render: Callable[..., str]) -> _Abilities:
+    def shows(*messages: Message, wanted: str = "", **kwargs: Any) -> bool:
+        """Whether the template renders the messages and drops none of their texts."""
+        try:
+            text = render(messages, **kwargs)
+        except Exception:  # a template may raise anything
+            return False
+        texts = [message["content"] for message in messages if message["content"]]
+        return all(each in text for each in [*texts, wanted])
+
+    def say(role: str, number: int, **kwargs: Any) -> Message:
+        return {"role": role, "content": f"zq{role}{number}zq", **kwargs}
+
+    user, again, answer = say("user", 1), say("user", 2), say("assistant", 1)
+    result = say("tool", 1, name="zqcalledzq", tool_call_id="zqcallzq1")
+    return _Abilities(
+        system=shows(say("system", 1), user),
+        late_system=shows(user, answer, say("system", 1), again)
+        and shows(say("system", 1), say("system", 2), user),
+        repeats=shows(user, again) and shows(user, answer, say("assistant", 2), again),
+        opening=shows(answer, user),
+        tool_role=shows(user, _CALL, result, wanted="zqargumentzq"),
+        tools=shows(user, wanted="zqtoolzq", tools=[_PROBE_TOOL]),
+    )
+
+
+# Rewriting messages ------------------------------------------------------------------------------
+
+
+def _checked(message: Mapping[str, Any]) -> Message:
+    role = _ROLES.get(str(message.get("role", "")).lower())
+    if role is None:
+        raise ConfigError(
+            f"Unknown message role {message.get('role')!r}: use system, user, assistant or tool."
+        )
+    return {**message, "role": role, "content": _text(message.get("content"))}
+
+
+def _text(content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        parts = [part if isinstance(part, str) else _part_text(part) for part in content]
+        return "\n".join(parts)
+    raise ConfigError(f"Message content must be text, not {type(content).__name__}.")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ConfigError(f"Message content of type {kind!r} is not supported: pass text only.")
+
+
+def _adapt(chat: Sequence[Message], can: _Abilities) -> list[Message]:
+    """Rewrite a conversation so that a template with these abilities renders all of it."""
+    adapted = list(chat) if can.tool_role else [_without_tools(message) for message in chat]
+    if not can.late_system or not can.system:
+        adapted = _place_system(adapted, can.system)
+    if not can.repeats:
+        adapted = _merge_repeats(adapted)
+    if not can.opening:
+        first = next((i for i, m in enumerate(adapted) if m["role"] != "system"), len(adapted))
+        if first < len(adapted) and adapted[first]["role"] == "assistant":
+            adapted.insert(first, {"role": "user", "content": _OPENING})
+    return adapted
+
+
+def _without_tools(message: Message) -> Message:
+    """Write tool calls and tool results as text."""
+    if message["role"] == "tool":
+        name = message.get("name")
+        title = f"Result of the tool {name}:" if name else "Result of the tool:"
+        return {"role": "user", "content": f"{title}\n{message['content']}"}
+    if not message.get("tool_calls"):
+        return message
+    lines = [message["content"]] if message["content"] else []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        arguments = function.get("arguments", {})
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        lines.append(f"Call of the tool {function.get('name')} with {arguments}")
+    return {"role": message["role"], "content": "\n".join(lines)}
+
+
+def _place_system(chat: Sequence[Message], has_role: bool) -> list[Message]:
+    """Merge the leading system messages; put later ones, or all, into the next user message."""
+    placed: list[Message] = []
+    pending: list[str] = []
+    leading = True
+    for message in chat:
+        if message["role"] == "system":
+            pending.append(message["content"])
+            continue
+        if leading and pending and has_role:
+            placed.append({"role": "system", "content": "\n\n".join(pending)})
+            pending = []
+        leading = False
+        if pending and message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*pending, message["content"]])}
+            pending = []
+        placed.append(message)
+    if pending:
+        role = "system" if leading and has_role else "user"
+        placed.append({"role": role, "content": "\n\n".join(pending)})
+    return placed
+
+
+def _merge_repeats(chat: Sequence[Message]) -> list[Message]:
+    """Join neighbours of one role; tool messages and tool calls stay apart."""
+    merged: list[Message] = []
+    for message in chat:
+        last = merged[-1] if merged else None
+        joins = (
+            last is not None
+            and last["role"] == message["role"] != "tool"
+            and not last.get("tool_calls")
+            and not message.get("tool_calls")
+        )
+        if last is not None and joins:
+            contents = [text for text in (last["content"], message["content"]) if text]
+            merged[-1] = {**last, "content": "\n\n".join(contents)}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _with_short_ids(message: Message) -> Message:
+    """Give tool calls identifiers of nine letters and digits: some templates accept no others."""
+    changed = dict(message)
+    if message.get("tool_call_id"):
+        changed["tool_call_id"] = _short_id(message["tool_call_id"])
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            {**call, "id": _short_id(call.get("id", ""))} for call in message["tool_calls"]
+        ]
+    return changed
+
+
+def _short_id(identifier: object) -> str:
+    return hashlib.sha256(str(identifier).encode()).hexdigest()[:9]
+
+
+def _plain(chat: Sequence[Message], add_generation_prompt: bool) -> str:
+    """Render without a template."""
+    paragraphs = [
+        _PLAIN_HEADERS[message["role"]] + message["content"].strip()
+        for message in map(_without_tools, chat)
+    ]
+    if add_generation_prompt:
+        paragraphs.append(_PLAIN_HEADERS["assistant"].rstrip())
+    return "\n\n".join(paragraphs)

@@ -1,0 +1,126 @@
+"""Rendered prompt -> prefix, contexts and query."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ape_integrations.core.labels import Gap, Labels, has_words
+from ape_integrations.core.markup import ChatMarkup
+from ape_integrations.core.matching import find_contexts
+from ape_integrations.core.registry import ContextRegistry
+from ape_integrations.core.stable_prefix import PrefixMemory
+
+# A last line, with rules under it, that holds nothing but a label: "Context: ",
+# "Documents:\n-----\n"
+_LEAD = re.compile(r"^[ \t]*(?:[^\W\d_]+ ){0,3}[^\W\d_]+:[\W_]*\Z", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class PromptParts:
+    """A prompt, taken apart.
+
+    Attributes
+    ----------
+    prefix : str
+        Text that every context follows; the same from request to request. May be empty.
+    contexts : tuple of str
+        Retrieved texts with their labels, in order of appearance; a repeated one is kept once.
+    query : str
+        Everything else, in order.
+    moved : bool
+        Whether text from before the contexts was moved into the query.
+    """
+
+    prefix: str
+    contexts: tuple[str, ...]
+    query: str
+    moved: bool = False
+
+
+class PromptSplitter:
+    """Finds registered texts in rendered prompts and takes the prompts apart around them.
+
+    The prefix is the part before the contexts that stays the same from request to request, because
+    every context is stored under it. Thread-safe. Deterministic: the same prompts in the same order
+    give the same parts, and a prompt asked again with the same text before its contexts gives the
+    same prefix.
+
+    Parameters
+    ----------
+    registry : ContextRegistry
+        Retrieved texts and query strings.
+    reorder : bool
+        Whether the varying part of what precedes the contexts moves into the query. Without it the
+        order of the prompt is kept, and states are reused only where the question comes last.
+    special_tokens : sequence of str
+        The tokenizer's special tokens; see `ape_integrations.core.chat.template_special_tokens`.
+    turn_markers : mapping of str to str, optional
+        Message headers by role; see `ape_integrations.core.chat.turn_markers`.
+    """
+
+    def __init__(
+        self,
+        registry: ContextRegistry,
+        *,
+        reorder: bool = True,
+        special_tokens: Sequence[str] = (),
+        turn_markers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._reorder = reorder
+        self._markup = ChatMarkup(special_tokens, turn_markers)
+        self._labels = Labels(self._markup)
+        self._prefixes = PrefixMemory(self._markup)
+
+    def split(self, prompt: str) -> PromptParts:
+        """Take a prompt apart.
+
+        Parameters
+        ----------
+        prompt : str
+            Rendered text, special tokens included.
+
+        Returns
+        -------
+        PromptParts
+            Without a registered text in the prompt: no contexts, and the prompt as the query.
+        """
+        spans = find_contexts(prompt, self._registry, self._markup)
+        if not spans:
+            return PromptParts("", (), prompt)
+        gaps = self._labels.divide([prompt[end:start] for (_, end), (start, _) in pairwise(spans)])
+        if not self._reorder:
+            # A conversation between two contexts cannot stay where it is: it ends the contexts.
+            kept = next((i for i, gap in enumerate(gaps) if gap.moved.strip()), len(gaps))
+            spans, gaps = spans[: kept + 1], gaps[:kept]
+        return self._assemble(prompt, spans, gaps)
+
+    def _assemble(self, prompt: str, spans: list[tuple[int, int]], gaps: list[Gap]) -> PromptParts:
+        first, last = spans[0][0], spans[-1][1]
+        first_label = self._labels.first_label(prompt[:first], gaps)
+        last_trailer = self._labels.last_trailer(prompt[last:], gaps)
+        labels = [first_label, *(len(gap.label) for gap in gaps)]
+        trailers = [*(len(gap.trailer) for gap in gaps), last_trailer]
+        contexts = (
+            prompt[start - label : end + trailer]
+            for (start, end), label, trailer in zip(spans, labels, trailers, strict=True)
+        )
+        head, tail = prompt[: first - first_label], prompt[last + last_trailer :]
+        prefix, rest = self._divide_head(head, tail)
+        query = rest + "".join(gap.moved for gap in gaps) + tail
+        return PromptParts(prefix, tuple(dict.fromkeys(contexts)), query, moved=bool(rest))
+
+    def _divide_head(self, head: str, tail: str) -> tuple[str, str]:
+        """Divide the text before the contexts into the prefix and what moves into the query."""
+        if not self._reorder:
+            return head, ""
+        cut = self._prefixes.cut(head, tail, self._registry.queries())
+        if not has_words(head[cut:]):
+            return head, ""
+        # "Question: ...\nContext: ": the line that leads to the contexts stays with them.
+        lead = None if self._markup.has_token(head[cut:]) else _LEAD.search(head, cut)
+        start = lead.start() if lead and lead.start() > cut else len(head)
+        return head[:cut] + head[start:], head[cut:start]

@@ -1,0 +1,204 @@
+"""How much of the text before the contexts stays the same from request to request."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ape_integrations.core.markup import ChatMarkup
+
+_SHORT_QUERY = 12  # characters; shorter query strings must stand alone on a line or after a label
+_WORTHWHILE = 20  # letters and digits that a common head needs to be more than a chat header
+_COMPARED = 64  # most recent heads that a new one is compared with
+_REST = 48  # characters of a varying part by which its pipeline is recognised
+_ONE_OFFS = 8  # heads without anything in common, each seen once, before a new one is held varying
+
+
+# "Question: ", "The original query is as follows: "
+_LABEL = re.compile(r"\s*([^\n:\uff1a]{1,60})[:\uff1a](?=\s)")
+
+
+@dataclass
+class _Head:
+    """A head that was seen, as far as the prompt's own evidence called it constant."""
+
+    text: str
+    cut: int  # how much of the text is held constant
+    rest: str  # how the varying part began where a query string showed it
+    sightings: set[int] = field(default_factory=set)
+
+    @property
+    def is_constant(self) -> bool:
+        # Different questions came with it: it does not depend on the question.
+        return len(self.sightings) > 1
+
+    @property
+    def was_cut(self) -> bool:
+        return self.cut < len(self.text)
+
+    def note(self, head: str, tail: str) -> None:
+        if not self.is_constant:
+            self.sightings.add(hash((head, tail)))
+
+
+class PrefixMemory:
+    """Decides where the constant head of a prompt ends. Thread-safe.
+
+    Evidence, in this order: a known query string in the head; conversation turns before the message
+    that holds the contexts; heads of earlier prompts. A head once decided keeps its cut, so that
+    asking the same again always gives the same prefix.
+
+    Parameters
+    ----------
+    markup : ChatMarkup
+    max_heads : int
+        Heads remembered; the least recently used ones leave first.
+    """
+
+    def __init__(self, markup: ChatMarkup, max_heads: int = 512) -> None:
+        self._markup = markup
+        self._max_heads = max_heads
+        self._lock = threading.Lock()
+        self._cuts: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._heads: OrderedDict[str, _Head] = OrderedDict()
+
+    def cut(self, head: str, tail: str, queries: Sequence[str]) -> int:
+        """Return the length of the constant part of a head.
+
+        Parameters
+        ----------
+        head : str
+            Text before the first context.
+        tail : str
+            Text after the last context: heads that stay while tails change are constant.
+        queries : sequence of str
+            Known query strings.
+        """
+        with self._lock:
+            if head not in self._cuts:
+                self._cuts[head] = self._decide(head, queries)
+            self._cuts.move_to_end(head)
+            constant, cut = self._cuts[head]
+            if constant in self._heads:
+                self._heads[constant].note(head, tail)
+                self._heads.move_to_end(constant)
+            for memory in (self._cuts, self._heads):
+                if len(memory) > self._max_heads:
+                    memory.popitem(last=False)
+            return cut
+
+    def _decide(self, head: str, queries: Sequence[str]) -> tuple[str, int]:
+        """Return what the prompt itself shows to be constant, and how much of that to keep."""
+        by_query = query_cut(head, queries, self._markup)
+        limit = min(by_query, turn_cut(head, self._markup))
+        text = head[:limit]
+        if text not in self._heads:
+            rest = head[by_query : by_query + _REST] if by_query == limit else ""
+            self._heads[text] = _Head(text, self._compare(text, patience=2 if queries else 1), rest)
+        return text, self._heads[text].cut
+
+    def _compare(self, text: str, patience: int) -> int:
+        """Cut a head not seen before where it leaves what it has in common with earlier ones.
+
+        Parameters
+        ----------
+        text : str
+        patience : int
+            Earlier heads that must differ from this one before it is held varying. One may be
+            another pipeline's; where query strings are known and none stands in the head, that is
+            likelier.
+        """
+        recent = [other for other in self._heads.values() if not other.is_constant][-_COMPARED:]
+        related = []
+        for other in recent:
+            length = _common_length(text, other.text)
+            if length == len(other.text) and _begins_alike(text[length:], other.rest):
+                return other.cut  # the same pipeline, asked something that was not registered
+            common = self._markup.boundary(text, length)
+            alike = _is_question_line(text, other.text, common, length)
+            related.append((common, alike, other))
+        related.sort(key=lambda relation: relation[0], reverse=True)
+        for common, alike, other in related:
+            if common == related[0][0]:
+                if other.was_cut and other.cut <= common:
+                    return other.cut
+                if alike:
+                    return common
+        if len(related) >= patience and self._is_worthwhile(text[: related[patience - 1][0]]):
+            return related[patience - 1][0]
+        if patience == 1 and len(related) >= _ONE_OFFS:
+            return related[_ONE_OFFS - 1][0]
+        return len(text)
+
+    def _is_worthwhile(self, common: str) -> bool:
+        headers = sum(_count_alnum(common[t.start : t.end]) for t in self._markup.turns(common))
+        return _count_alnum(common) - headers >= _WORTHWHILE
+
+
+def query_cut(head: str, queries: Sequence[str], markup: ChatMarkup) -> int:
+    """Where the line or message begins that holds the first known query string; else the length."""
+    first = len(head)
+    for query in queries:
+        position = _find_query(head, query, first)
+        if position >= 0:
+            first = position
+    return markup.boundary(head, first) if first < len(head) else first
+
+
+def _find_query(head: str, query: str, before: int) -> int:
+    """First occurrence of a query that is not a part of a word, nor a stray word in a sentence."""
+    position = head.find(query, 0, min(len(head), before + len(query)))
+    while 0 <= position < before:
+        end = position + len(query)
+        left, right = head[max(0, position - 1) : position], head[end : end + 1]
+        if not (left.isalnum() or right.isalnum()) and (
+            len(query) >= _SHORT_QUERY or _stands_alone(head, position, end)
+        ):
+            return position
+        position = head.find(query, position + 1, min(len(head), before + len(query)))
+    return -1
+
+
+def _stands_alone(head: str, start: int, end: int) -> bool:
+    before = re.search(r"(?:\A|[\n>\]:\uff1a\"'`])[ \t]*\Z", head[:start])
+    return before is not None and re.match(r"[ \t]*(?:\Z|[\n<\[\"'`])", head[end:]) is not None
+
+
+def turn_cut(head: str, markup: ChatMarkup) -> int:
+    """Where the first non-system turn begins if it is not the message that holds the contexts."""
+    turns = markup.turns(head)
+    for turn in turns[:-1]:
+        if not turn.is_system:
+            return turn.start
+    return len(head)
+
+
+def _is_question_line(text: str, other: str, common: int, length: int) -> bool:
+    """Whether two heads differ in a question, or in the value of the same label ("Question: ")."""
+    label = _LABEL.match(text[common:length])
+    if label is not None:
+        return label.group(1).lower() not in ("system", "developer")
+    return all("?" in head[common:].partition("\n")[0] for head in (text, other))
+
+
+def _begins_alike(text: str, rest: str) -> bool:
+    common = rest[: _common_length(text, rest)]
+    return _count_alnum(common) >= 3
+
+
+def _count_alnum(text: str) -> int:
+    return sum(map(str.isalnum, text))
+
+
+def _common_length(first: str, second: str) -> int:
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
