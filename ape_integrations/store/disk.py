@@ -1,0 +1,323 @@
+"""The default store: entries in a directory, shared by threads and processes of one machine."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import sqlite3
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import diskcache
+
+from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.store.base import (
+    Destination,
+    KVSpec,
+    KVStates,
+    LoadsByGet,
+    StoreStats,
+    check_destination,
+    from_layers,
+)
+from ape_integrations.store.directory import prepare_directory
+from ape_integrations.store.files import EntryFiles
+from ape_integrations.store.index import EntryIndex, EntryRow, StoredFile
+from ape_integrations.store.outage import Outage
+from ape_integrations.store.pins import Pins
+from ape_integrations.store.quantization import check_kv_dtype
+from ape_integrations.store.serialization import (
+    FORMAT_VERSION,
+    EntryError,
+    deserialize,
+    serialize,
+)
+from ape_integrations.store.single_flight import EncodingLocks
+from ape_integrations.store.sizes import parse_size
+from ape_integrations.store.usage import PendingUsage
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{0,100}")
+_KEY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
+_MEDIUM_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+
+
+class DiskKVStore(LoadsByGet):
+    """KV states in files of a local directory, found through a diskcache database.
+
+    Many threads and processes of one machine may use one directory at the same time. Network file
+    systems are not supported: their locks and databases cannot be relied on.
+
+    Parameters
+    ----------
+    directory : path, optional
+        Where entries lie. Default: the user's cache directory. Created with mode 0700.
+    size_limit : int or str
+        Bytes that all entries of the directory may take together, for example ``"20GB"``.
+    kv_dtype : str
+        How entries are written: ``"auto"`` (the model's dtype, exact), ``"bfloat16"``,
+        ``"float16"``, ``"float8_e4m3"`` or ``"int8"``. Readers only see entries of their own
+        setting, so that nobody gets rounded states who did not ask for them.
+    namespace : str
+        Entries of different namespaces are never shared, whatever their keys. They share the
+        directory's limit.
+    trust_directory : bool
+        Accept a directory that other users own or can write to.
+    retry_after : float
+        Seconds until storing is tried again after the disk was full or not writable.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is out of range.
+    StoreError
+        If the directory cannot be created or written to, or is not to be trusted.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        size_limit: int | str = "20GB",
+        *,
+        kv_dtype: str = "auto",
+        namespace: str = "",
+        trust_directory: bool = False,
+        retry_after: float = 60.0,
+    ) -> None:
+        self._size_limit = parse_size(size_limit)
+        self._kv_dtype = check_kv_dtype(kv_dtype)
+        if not _NAME.fullmatch(namespace):
+            raise ConfigError(
+                f"namespace={namespace!r} may only hold letters, digits, '.', '_' and '-'."
+            )
+        self._namespace = namespace
+        self._prefix = f"v{FORMAT_VERSION}/{namespace}/{kv_dtype}/"
+        self.directory: Path = prepare_directory(directory, trust_directory)
+        self._files = EntryFiles(self.directory)
+        self._pins = Pins(self._files)
+        self._usage = PendingUsage()
+        self._storing = Outage(f"Storing KV states in {self.directory}", retry_after)
+        self._reading = Outage(f"Reading KV states in {self.directory}", retry_after=0.0)
+        try:
+            self._index = EntryIndex(self.directory, self._files)
+        except _MEDIUM_FAULTS as error:
+            raise StoreError(
+                f"Cannot open the index of the store in {self.directory}: {error}. Give another"
+                " directory, for example DiskKVStore(directory=...) or cache_dir=..."
+            ) from error
+        self._encoding = EncodingLocks(self.directory / "locks")
+        _close_at_exit(self)
+
+    def __repr__(self) -> str:
+        return f"DiskKVStore({str(self.directory)!r}, size_limit={self._size_limit})"
+
+    @property
+    def size_limit(self) -> int:
+        """Bytes that all entries may take together."""
+        return self._size_limit
+
+    def contains(self, key: str) -> bool:
+        """Tell whether `key` is stored, without reading it."""
+        return self._find(self._full_key(key)) is not None
+
+    def load(self, key: str, spec: KVSpec, destination: Destination) -> int | None:
+        """Read an entry into memory that the caller owns; see `KVStore.load`."""
+        check_destination(spec, destination)
+        full_key = self._full_key(key)
+        row = self._find(full_key)
+        nbytes = self._read(row, spec, destination) if row else None
+        if nbytes is None:
+            self._usage.count("misses")
+        else:
+            self._usage.hit(full_key)
+            if self._usage.is_due:
+                self._write_usage()
+        return nbytes
+
+    def peek(self, key: str, spec: KVSpec) -> tuple[KVStates, str] | None:
+        """Return an entry and its tag without counting a use, for tiers."""
+        row = self._find(self._full_key(key))
+        destination = spec.allocate()
+        if row is None or self._read(row, spec, destination) is None:
+            return None
+        return from_layers(destination), row.tag
+
+    def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
+        """Store the states of one context; see `KVStore.put`."""
+        full_key = self._full_key(key)
+        stored = False
+        if not self._storing.active:
+            try:
+                stored = self._write(full_key, states, tag)
+                self._storing.end()
+            except ValueError as error:
+                logger.warning("Entry %s is not stored: %s.", key, error)
+            except _MEDIUM_FAULTS as error:
+                self._storing.begin(_describe(error))
+                self._index.close()
+        if not stored:
+            self._usage.count("put_failures")
+        return stored
+
+    def pin(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """Keep these entries from being evicted, by any process, inside a ``with`` block."""
+        return self._pin([self._full_key(key) for key in keys])
+
+    def encoding_lock(
+        self, keys: str | Iterable[str], timeout: float = 0.0
+    ) -> AbstractContextManager[frozenset[str]]:
+        """Agree with all threads and processes on who encodes; see `KVStore.encoding_lock`."""
+        return self._encoding.hold(keys, timeout, self._prefix)
+
+    def delete(self, key: str) -> bool:
+        """Remove an entry; False where there was none."""
+        return self._remove(self._full_key(key))
+
+    def clear(self) -> int:
+        """Remove all entries of this namespace and return their number."""
+        return sum(self._remove(row.key) for row in self.rows())
+
+    def rows(self, *, all_namespaces: bool = False) -> list[EntryRow]:
+        """Return what the index says of every entry, least recently used first.
+
+        Parameters
+        ----------
+        all_namespaces : bool
+            Include entries of other namespaces.
+        """
+        self._write_usage()
+        scope = "*" if all_namespaces else f"v*/{self._namespace}/*"
+        with contextlib.suppress(*_MEDIUM_FAULTS):
+            return list(self._index.rows(scope))
+        return []
+
+    def stats(self) -> StoreStats:
+        """Return the figures of the whole directory, over all processes that ever used it."""
+        rows = self.rows(all_namespaces=True)
+        counters: dict[str, int] = {}
+        with contextlib.suppress(*_MEDIUM_FAULTS):
+            counters = self._index.counters()
+        return StoreStats(
+            entries=len(rows),
+            bytes=sum(row.nbytes for row in rows),
+            size_limit=self._size_limit,
+            hits=counters.get("hits", 0),
+            misses=counters.get("misses", 0),
+            evictions=counters.get("evictions", 0),
+            corrupted=counters.get("corrupted", 0),
+            put_failures=counters.get("put_failures", 0),
+            oldest=min((row.stored for row in rows), default=None),
+            newest=max((row.stored for row in rows), default=None),
+        )
+
+    def flush(self) -> None:
+        """Write down which entries were used."""
+        self._write_usage()
+
+    def close(self) -> None:
+        """Flush and close this thread's connection. Using the store again opens a new one."""
+        self._write_usage()
+        self._index.close()
+
+    def _full_key(self, key: str) -> str:
+        if not _KEY.fullmatch(key):
+            raise ConfigError(f"{key[:50]!r} is not a key; keys are hashes in hexadecimal digits.")
+        return self._prefix + key
+
+    def _find(self, full_key: str) -> EntryRow | None:
+        try:
+            row = self._index.find(full_key)
+            self._reading.end()
+            return row
+        except _MEDIUM_FAULTS as error:
+            self._reading.begin(_describe(error))
+            self._index.close()
+            return None
+
+    def _read(self, row: EntryRow, spec: KVSpec, destination: Destination) -> int | None:
+        try:
+            if row.file is None:
+                raise EntryError("is not an entry file")
+            with self._files.open(row.file) as source:
+                return deserialize(source, row.key, spec, destination, self._kv_dtype)
+        except (EntryError, FileNotFoundError) as error:
+            # The file may have been replaced between the two looks; then the new one stays.
+            if self._remove(row.key, row.file):
+                self._usage.count("corrupted")
+                logger.warning("Dropped entry %s: %s.", row.key, _describe(error))
+        except OSError as error:
+            self._reading.begin(_describe(error))
+        return None
+
+    def _write(self, full_key: str, states: KVStates, tag: str) -> bool:
+        buffers = serialize(full_key, states, self._kv_dtype)
+        nbytes = sum(len(buffer) for buffer in buffers)
+        if nbytes > self._size_limit:
+            logger.warning("An entry of %d bytes exceeds the limit %d.", nbytes, self._size_limit)
+            return False
+        self._write_usage()
+        with self._files.create() as file:
+            file.write(buffers)
+            stored = self._index.add(
+                full_key,
+                StoredFile(file.name, nbytes),
+                tag[:200],
+                self._size_limit,
+                self._pins.__contains__,
+            )
+            if stored:
+                file.keep()
+        if stored:
+            self._pins.attach(full_key, file.name)
+        return stored
+
+    @contextmanager
+    def _pin(self, full_keys: list[str]) -> Iterator[None]:
+        with self._pins.hold(full_keys):
+            for full_key in full_keys:
+                row = self._find(full_key)
+                if row and row.file:
+                    self._pins.attach(full_key, row.file)
+            yield
+
+    def _remove(self, full_key: str, file: str | None = None) -> bool:
+        try:
+            return self._index.remove(full_key, file)
+        except _MEDIUM_FAULTS as error:
+            self._reading.begin(_describe(error))
+            self._index.close()
+            return False
+
+    def _write_usage(self) -> None:
+        uses, counts = self._usage.take()
+        if not uses and not counts:
+            return
+        try:
+            self._index.record_uses(uses, counts)
+        except _MEDIUM_FAULTS:
+            # Nothing depends on these figures; they are kept for the next attempt.
+            self._usage.give_back(uses, counts)
+            self._index.close()
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _close_at_exit(store: DiskKVStore) -> None:
+    """Close the store when the interpreter ends, without keeping it alive until then."""
+    reference = weakref.ref(store)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close()
+
+    atexit.register(close)
+    weakref.finalize(store, atexit.unregister, close)

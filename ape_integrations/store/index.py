@@ -1,0 +1,301 @@
+"""The index of a disk store: diskcache's database, without pickles and with our own eviction.
+
+diskcache keeps, in SQLite, which key lives in which file, under which tag and of what size, and
+keeps count with triggers. Two things are replaced. Its `Disk` would unpickle whatever the database
+calls a pickle (CVE-2025-69872): ours knows entry files only. Its culling works on an estimate,
+ten entries at a time, after the fact: ours makes room first, exactly, and in the same transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import diskcache
+from diskcache.core import MODE_BINARY, UNKNOWN
+
+from ape_integrations.store.eviction import CREATE_TABLES, next_victim, remember_victim
+from ape_integrations.store.eviction import is_remembered as was_evicted_before_reuse
+from ape_integrations.store.files import EntryFiles, is_entry_name
+
+BUSY_TIMEOUT = 20.0
+"""Seconds that a writer waits for the others before it gives up."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An entry file that is complete on disk.
+
+    Parameters
+    ----------
+    name : str
+        Path relative to the store's directory.
+    nbytes : int
+        Its size.
+    """
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class EntryRow:
+    """What the index says of an entry.
+
+    Parameters
+    ----------
+    key, tag : str
+        Full key in the index, and the name of the model.
+    nbytes, hits : int
+        Size, and how often it was loaded.
+    stored, used : float
+        Seconds since the epoch of storing and of the last use.
+    file : str or None
+        The entry file; None where the row is not one of ours (tampered with, or foreign).
+    """
+
+    key: str
+    tag: str
+    nbytes: int
+    hits: int
+    stored: float
+    used: float
+    file: str | None
+
+
+class EntryDisk(diskcache.Disk):  # type: ignore[misc]
+    """Keys are strings and values are entry files; anything else is refused, pickles above all."""
+
+    def put(self, key: object) -> tuple[str, bool]:
+        """Return the database form of a key."""
+        if type(key) is not str:
+            raise TypeError("keys of a KV store are strings")
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        """Return a key from its database form."""
+        if not raw or type(key) is not str:
+            raise TypeError("the index holds a key that is not a string")
+        return key
+
+    def store(self, value: object, read: bool, key: object = UNKNOWN) -> tuple[int, int, str, None]:
+        """Return the columns for an entry file that is already written."""
+        if not isinstance(value, StoredFile) or not is_entry_name(value.name):
+            raise TypeError("values of a KV store are entry files")
+        return value.nbytes, MODE_BINARY, value.name, None
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> BinaryIO:
+        """Open the entry file of a row; raise OSError, for diskcache a miss, if there is none."""
+        if mode != MODE_BINARY or not read or not is_entry_name(filename):
+            raise OSError("not an entry file")
+        return open(Path(self._directory, str(filename)), "rb")
+
+    def filename(self, key: object = UNKNOWN, value: object = UNKNOWN) -> NoReturn:
+        """Refuse: entry files are made by `EntryFiles`."""
+        raise TypeError("entry files are written before they are registered")
+
+    def remove(self, file_path: str) -> None:
+        """Remove an entry file; other paths are left alone."""
+        if is_entry_name(file_path):
+            Path(self._directory, file_path).unlink(missing_ok=True)
+
+
+_ROW = "c.key, tag, c.size, access_count, store_time, access_time, mode, filename"
+
+
+class EntryIndex(diskcache.Cache):  # type: ignore[misc]
+    """Which entries a store has, and which of them to give up first.
+
+    Every method raises `sqlite3.Error` or `diskcache.Timeout` where the database cannot be used;
+    the caller turns that into a miss.
+
+    Parameters
+    ----------
+    directory : Path
+        The store's directory; it exists.
+    files : EntryFiles
+        Its files.
+    """
+
+    def __init__(self, directory: Path, files: EntryFiles) -> None:
+        self._files = files
+        super().__init__(
+            str(directory),
+            timeout=BUSY_TIMEOUT,
+            disk=EntryDisk,
+            eviction_policy="none",
+            cull_limit=0,
+            statistics=0,
+            tag_index=0,
+            size_limit=2**62,
+            disk_min_file_size=0,
+        )
+        for statement in CREATE_TABLES:
+            self._sql_retry(statement)
+
+    def find(self, key: str) -> EntryRow | None:
+        """Return the row of a key."""
+        rows = self._sql(f"SELECT {_ROW} FROM Cache c WHERE key = ? AND raw = 1", (key,)).fetchall()
+        return _row(rows[0]) if rows else None
+
+    def rows(self, scope: str) -> Iterator[EntryRow]:
+        """Yield all rows whose key matches a GLOB pattern, least recently used first."""
+        select = (
+            f"SELECT {_ROW} FROM Cache c LEFT JOIN KVUsage u ON u.key = c.key"
+            " WHERE c.key GLOB ? ORDER BY sequence"
+        )
+        for row in self._sql(select, (scope,)).fetchall():
+            yield _row(row)
+
+    def add(
+        self, key: str, file: StoredFile, tag: str, limit: int, is_pinned: Callable[[str], bool]
+    ) -> bool:
+        """Register a file as an entry, evicting others so that the limit holds.
+
+        Victims' files go before the transaction ends: a process that is killed in between leaves
+        rows without a file, which are misses, and never files that nobody counts.
+
+        Parameters
+        ----------
+        key : str
+            Full key; an entry that has it already is replaced.
+        file : StoredFile
+            The entry's file, complete.
+        tag : str
+            Name of the model.
+        limit : int
+            Bytes that all entries may take together.
+        is_pinned : callable
+            Tells whether a key must not be evicted.
+
+        Returns
+        -------
+        bool
+            False where pinned entries leave no room; nothing is registered then.
+        """
+        with self.transact():
+            known = self._sql("SELECT protected FROM KVUsage WHERE key = ?", (key,)).fetchall()
+            self._remove_row(key)
+            if not self._make_room(file.nbytes, limit, is_pinned):
+                return False
+            self.set(key, file, tag=tag)
+            protected = bool(known and known[0][0]) or was_evicted_before_reuse(self._sql, key)
+            self._sql(
+                "INSERT OR REPLACE INTO KVUsage (key, sequence, protected, size)"
+                " VALUES (?, ?, ?, ?)",
+                (key, self._next_sequence(), protected, file.nbytes),
+            )
+            return True
+
+    def remove(self, key: str, name: str | None = None) -> bool:
+        """Remove an entry with its file.
+
+        Parameters
+        ----------
+        key : str
+            Full key.
+        name : str or None
+            Remove it only while it still is this file, so that a newer one stays.
+
+        Returns
+        -------
+        bool
+            False where there was no such entry.
+        """
+        with self.transact():
+            return self._remove_row(key, name)
+
+    def evict_to(self, limit: int, is_pinned: Callable[[str], bool]) -> int:
+        """Evict until all entries together take at most `limit` bytes; return how many went."""
+        before = len(self)
+        with self.transact():
+            self._make_room(0, limit, is_pinned)
+        return before - len(self)
+
+    def record_uses(self, uses: Mapping[str, tuple[int, float]], counts: Mapping[str, int]) -> None:
+        """Write down which entries were loaded, oldest use first, and what else happened.
+
+        Parameters
+        ----------
+        uses : mapping of str to tuple
+            Full key to number of loads and time of the last one, in seconds since the epoch.
+        counts : mapping of str to int
+            What to add to the counters that outlive processes.
+        """
+        with self.transact():
+            for name, value in counts.items():
+                self._increment(name, value)
+            for key, (count, used) in uses.items():
+                # The order is our own count, not the clock's: clocks go backwards.
+                self._sql(
+                    "UPDATE KVUsage SET sequence = ?, protected = 1 WHERE key = ?",
+                    (self._next_sequence(), key),
+                )
+                self._sql(
+                    "UPDATE Cache SET access_time = ?, access_count = access_count + ?"
+                    " WHERE key = ? AND raw = 1",
+                    (used, count, key),
+                )
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters."""
+        return {str(name): int(value) for name, value in self._sql("SELECT * FROM KVCounter")}
+
+    def used_bytes(self) -> int:
+        """Return the bytes of all entries together."""
+        ((size,),) = self._sql("SELECT value FROM Settings WHERE key = 'size'").fetchall()
+        return int(size)
+
+    def _make_room(self, nbytes: int, limit: int, is_pinned: Callable[[str], bool]) -> bool:
+        spared: set[str] = set()
+        evicted = 0
+        used = self.used_bytes()
+        while used + nbytes > limit:
+            victim = next_victim(self._sql, limit, spared)
+            if victim is None:
+                break
+            name = self._file_of(victim.key)
+            if is_pinned(victim.key) or (name and not self._files.remove_unused(name)):
+                spared.add(victim.key)
+                continue
+            self._remove_row(victim.key)
+            remember_victim(self._sql, victim)
+            evicted += 1
+            used = self.used_bytes()
+        self._increment("evictions", evicted)
+        return used + nbytes <= limit
+
+    def _file_of(self, key: str) -> str | None:
+        row = self.find(key)
+        return row.file if row else None
+
+    def _remove_row(self, key: str, name: str | None = None) -> bool:
+        row = self.find(key)
+        if row is None or (name is not None and row.file != name):
+            return False
+        if row.file:
+            self._files.remove(row.file)
+        self._sql("DELETE FROM Cache WHERE key = ? AND raw = 1", (key,))
+        self._sql("DELETE FROM KVUsage WHERE key = ?", (key,))
+        return True
+
+    def _next_sequence(self) -> int:
+        return self._increment("sequence", 1)
+
+    def _increment(self, name: str, value: int) -> int:
+        rows = self._sql(
+            "INSERT INTO KVCounter (name, value) VALUES (?1, ?2)"
+            " ON CONFLICT (name) DO UPDATE SET value = value + ?2 RETURNING value",
+            (name, value),
+        ).fetchall()
+        return int(rows[0][0])
+
+
+def _row(columns: tuple[Any, ...]) -> EntryRow:
+    key, tag, size, hits, stored, used, mode, name = columns
+    ours = mode == MODE_BINARY and is_entry_name(name)
+    return EntryRow(
+        str(key), str(tag or ""), int(size), int(hits), stored, used, name if ours else None
+    )
