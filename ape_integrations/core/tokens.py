@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ape_integrations.core.guard import GUARD, unguarded
+
 
 class Tokens:
     """Tokenises the parts of a prompt, each by its own rule.
@@ -25,16 +27,25 @@ class Tokens:
         """Tokenise the start of a prompt; special tokens are added unless the text has them."""
         bos = self.tokenizer.bos_token
         add = not (bos and text.startswith(bos))
-        return self._ids(self.tokenizer, text, add_special_tokens=add)
+        first, *others = text.split(GUARD)
+        ids = self._ids(self.tokenizer, first, add_special_tokens=add)
+        return ids + [token for piece in others for token in self.rest(piece)]
 
     def rest(self, text: str) -> list[int]:
         """Tokenise prompt text that follows something; nothing is added."""
-        return self._ids(self.tokenizer, text, add_special_tokens=False)
+        return [
+            token
+            for piece in text.split(GUARD)
+            for token in self._ids(self.tokenizer, piece, add_special_tokens=False)
+        ]
 
     def literal(self, text: str) -> list[int]:
         """Tokenise retrieved text; special tokens in it become ordinary characters."""
         return self._ids(
-            self._literal, text, add_special_tokens=False, split_special_tokens=True
+            self._literal,
+            unguarded(text),
+            add_special_tokens=False,
+            split_special_tokens=True,
         )
 
     def default_prefix(self, text: str) -> list[int]:
