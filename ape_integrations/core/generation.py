@@ -21,7 +21,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from ape_integrations.core.tokens import IncrementalDecoder, Tokens
 
@@ -53,6 +52,20 @@ class GenerationResult:
     usage: dict[str, int] = field(default_factory=dict)
     cache: dict[str, int] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> dict[str, int | float]:
+        """Return what the cache did, as responses carry it.
+
+        Returns
+        -------
+        dict
+            ``contexts``, ``hits``, ``misses``, ``bytes_loaded``, and in seconds ``load_seconds``,
+            ``encode_seconds``, ``first_token_seconds``, ``total_seconds``.
+        """
+        return {
+            **self.cache,
+            **{f"{name}_seconds": seconds for name, seconds in self.timings.items()},
+        }
 
 
 class TextAssembler:
@@ -96,78 +109,53 @@ class TextAssembler:
         return 0
 
 
-class TokenSink(BaseStreamer, StoppingCriteria):
+class TokenSink(StoppingCriteria):
     """Receives every new token of ``model.generate()`` and says when to stop.
 
     Parameters
     ----------
     assembler : TextAssembler
         Makes text of the tokens.
+    prompt_length : int
+        Ids that stand before the first new token.
     on_text : callable, optional
         Called with each new piece of text.
-    streamer : BaseStreamer, optional
-        The caller's own streamer, which sees the same tokens.
+    single : bool
+        One sequence grows token by token. Beams do not, so their text is read at the end.
     """
 
     def __init__(
         self,
         assembler: TextAssembler,
+        prompt_length: int,
         on_text: Callable[[str], None] | None = None,
-        streamer: BaseStreamer | None = None,
+        single: bool = True,
     ) -> None:
         self._assembler = assembler
+        self._seen = self._prompt_length = prompt_length
         self._on_text = on_text
-        self._streamer = streamer
-        self._is_prompt = True
+        self._single = single
         self.cancelled = threading.Event()
         self.first_token_time: float | None = None
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt (first call) or the next token."""
-        if self._streamer is not None:
-            self._streamer.put(value)
-        if self._is_prompt:
-            self._is_prompt = False
-            return
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Take what is new in ``input_ids`` and say whether to stop."""
         if self.first_token_time is None:
             self.first_token_time = time.perf_counter()
-        self._show(value.flatten().tolist())
+        if self._single:
+            self._show(input_ids[0, self._seen :].tolist())
+            self._seen = input_ids.shape[1]
+        stop = self._assembler.stopped or self.cancelled.is_set()
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
 
-    def end(self) -> None:
-        """Show what was held back."""
-        if self._streamer is not None:
-            self._streamer.end()
-        self._show([], last=True)
+    def finish(self, sequence: list[int]) -> None:
+        """Show what is left of the finished ``sequence``, prompt included."""
+        self._show(sequence[self._seen :], last=True)
 
     def _show(self, ids: list[int], *, last: bool = False) -> None:
         text = self._assembler.push(ids, last=last)
         if text and self._on_text is not None:
             self._on_text(text)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Say whether the generation was cancelled."""
-        stop = self.cancelled.is_set()
-        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
-
-
-class StopStrings(StoppingCriteria):
-    """Stops as soon as the generated text holds a stop string."""
-
-    def __init__(self, tokens: Tokens, stop: Sequence[str], prompt_length: int) -> None:
-        self._tokens = tokens
-        self._stop = stop
-        self._start = prompt_length
-        self._longest = max(map(len, stop))
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Look at the last tokens of each sequence."""
-        # A token is at least one byte of text, so this many tokens hold the longest string.
-        start = max(self._start, input_ids.shape[1] - 4 * self._longest - 8)
-        hits = [
-            any(text in self._tokens.decode(row) for text in self._stop)
-            for row in input_ids[:, start:].tolist()
-        ]
-        return torch.tensor(hits, device=input_ids.device, dtype=torch.bool)
 
 
 class SeededSampler(LogitsProcessor):
