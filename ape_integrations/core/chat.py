@@ -90,8 +90,8 @@ def render_chat(
     if _template(tokenizer, tools) is None:
         if tools:
             raise ConfigError(
-                "The tokenizer has no chat template, so tools cannot be described to the model: use "
-                "a tokenizer with a tool template or leave the tools out."
+                "The tokenizer has no chat template, so tools cannot be described to the model: "
+                "use a tokenizer with a tool template or leave the tools out."
             )
         return _plain(chat, add_generation_prompt)
 
@@ -112,17 +112,34 @@ def render_chat(
             "support or leave the tools out."
         )
     problem: Exception | None = None
+    rendered: str | None = None
     for attempt in (can, _Abilities(tool_role=can.tool_role, system=can.system), _Abilities()):
         adapted = _adapt(chat, attempt)
         for some in (adapted, [_with_short_ids(message) for message in adapted]):
             try:
-                return render(some)
+                text = render(some)
             except Exception as error:  # a template may raise anything
                 problem = problem or error
+                continue
+            if _shows_all(text, chat):
+                return text
+            rendered = rendered or text
+    if rendered is not None:
+        return rendered
     raise ConfigError(
         f"The chat template of this tokenizer refuses the messages (roles: "
         f"{', '.join(message['role'] for message in chat)}): {problem}"
     ) from problem
+
+
+def _shows_all(text: str, chat: Sequence[Message]) -> bool:
+    """Whether no message was dropped; templates may well drop parts of earlier answers (thoughts)."""
+    for message in chat:
+        content = message["content"].strip()
+        shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+        if not shown and message["role"] != "assistant":
+            return False
+    return True
 
 
 def template_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -373,7 +390,7 @@ def _without_tools(message: Message) -> Message:
 
 
 def _place_system(chat: Sequence[Message], has_role: bool) -> list[Message]:
-    """Merge the leading system messages; put later ones, or all, into the next user message."""
+    """Merge the leading system messages; make later ones, or all, part of user messages."""
     placed: list[Message] = []
     pending: list[str] = []
     leading = True
@@ -387,7 +404,9 @@ def _place_system(chat: Sequence[Message], has_role: bool) -> list[Message]:
         leading = False
         if pending and message["role"] == "user":
             message = {**message, "content": "\n\n".join([*pending, message["content"]])}
-            pending = []
+        elif pending:
+            placed.append({"role": "user", "content": "\n\n".join(pending)})
+        pending = []
         placed.append(message)
     if pending:
         role = "system" if leading and has_role else "user"
