@@ -35,6 +35,9 @@ class APEConfig:
         encoding.
     max_new_tokens : int
         Tokens to generate where a call does not say.
+    self_check : bool
+        When a model is attached, compare a dozen tokens behind one context with the model's own
+        sequential result, and refuse a model that differs.
     """
 
     attention_temperature: float = 0.9
@@ -44,6 +47,7 @@ class APEConfig:
     context_separator: str = "\n\n"
     max_batch_tokens: int = 2048
     max_new_tokens: int = 256
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         for name in ("attention_temperature", "scaling_factor"):

@@ -34,13 +34,13 @@ from ape_integrations.core.generation import (
     GenerationResult,
     GenerationStream,
     SeededSampler,
-    StopStrings,
     TextAssembler,
     TokenSink,
 )
 from ape_integrations.core.model import attach, check_supported
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.registry import ContextRegistry
+from ape_integrations.core.self_check import self_check
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tokens import Tokens
 from ape_integrations.store import KVStore, open_store
@@ -129,18 +129,20 @@ class APEGenerator:
     ) -> None:
         check_supported(model)
         self.config = config or APEConfig()
-        self.store = open_store(store)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
         self.info = attach(model)
+        self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
+        if self.config.self_check:
+            self_check(model, self.info, self._encoder)
+        self.store = open_store(store)
         self.registry = ContextRegistry()
         self._splitter = PromptSplitter(
             self.registry,
             special_tokens=template_special_tokens(tokenizer),
             turn_markers=turn_markers(tokenizer),
         )
-        self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
         self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
         self._sets = ContextSetPool(self.info, context_set_bytes)
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
@@ -404,13 +406,20 @@ class APEGenerator:
         new_tokens = self._max_new_tokens(kwargs)
         prompt = self._fit(prompt, new_tokens)
         stop = _strings(kwargs.pop("stop", None))
+        single = (kwargs.get("num_beams") or self._setting(kwargs, "num_beams") or 1) == 1
+        logical = prompt.logical_ids()
         assembler = TextAssembler(self.tokens, stop)
-        sink = TokenSink(assembler, on_text, kwargs.pop("streamer", None))
+        sink = TokenSink(assembler, len(logical), on_text, single)
         if on_sink is not None:
             on_sink(sink)
-        logical = prompt.logical_ids()
-        self._prepare_kwargs(kwargs, sink, stop, len(logical))
+        if stop and not single:
+            kwargs.update(stop_strings=stop, tokenizer=self.tokenizer)
         kwargs["max_new_tokens"] = new_tokens
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [*(kwargs.get("stopping_criteria") or []), sink]
+        )
+        self._seed(kwargs)
+        self._name_padding(kwargs)
         input_ids = torch.tensor([logical], device=self.info.input_device)
         kwargs["attention_mask"] = torch.ones_like(input_ids)
         if prompt.contexts:
@@ -418,11 +427,19 @@ class APEGenerator:
                 sequences = self.model.generate(input_ids, past_key_values=cache, **kwargs)
         else:
             sequences = self.model.generate(input_ids, **kwargs)
-        new = sequences[0, len(logical) :].tolist()
-        if sink.first_token_time is None:  # beam search streams nothing
-            sink.first_token_time = time.perf_counter()
-            assembler.push(new, last=True)
-        return self._result(prompt, new, new_tokens, assembler, sink, figures)
+        sequence = sequences[0].tolist()
+        sink.finish(sequence)
+        assert sink.first_token_time is not None
+        figures.first_token = sink.first_token_time - figures.start
+        new = sequence[len(logical) :]
+        ended = bool(new) and new[-1] in _as_list(self._setting(kwargs, "eos_token_id"))
+        full = len(new) >= new_tokens and not ended and not assembler.stopped
+        return _result(assembler.text, new, "length" if full else "stop", prompt, figures)
+
+    def _setting(self, kwargs: dict[str, Any], name: str) -> Any:
+        """Return a generation setting: of the call, or of the model's generation config."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        return kwargs.get(name, getattr(config, name, None))
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         owned = [name for name in _OWNED if name in kwargs]
@@ -442,77 +459,34 @@ class APEGenerator:
                 "max_length counts prompt tokens, which cached contexts make ambiguous. "
                 "Use max_new_tokens."
             )
-        config = kwargs.get("generation_config") or self.model.generation_config
-        value = kwargs.get("max_new_tokens") or config.max_new_tokens or self.config.max_new_tokens
+        value = self._setting(kwargs, "max_new_tokens")
+        value = self.config.max_new_tokens if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"max_new_tokens must be a whole number of at least 1, not {value}.")
         return value
 
-    def _prepare_kwargs(
-        self, kwargs: dict[str, Any], sink: TokenSink, stop: list[str], prompt_length: int
-    ) -> None:
-        """Turn our own arguments into those of ``model.generate()``."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        criteria: StoppingCriteriaList = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-        criteria.append(sink)
-        if stop:
-            criteria.append(StopStrings(self.tokens, stop, prompt_length))
-        kwargs["stopping_criteria"] = criteria
-        if (kwargs.get("num_beams") or config.num_beams or 1) == 1:
-            kwargs["streamer"] = sink
+    def _seed(self, kwargs: dict[str, Any]) -> None:
+        """Replace seeded sampling by a sampler with a random generator of its own."""
         seed = kwargs.pop("seed", None)
-        do_sample = kwargs.get("do_sample", config.do_sample)
-        if seed is not None and do_sample:
-            names = ("temperature", "top_k", "top_p", "min_p")
-            warpers = {name: kwargs.pop(name, getattr(config, name, None)) for name in names}
-            warpers["temperature"] = warpers["temperature"] or 1.0
-            processors = LogitsProcessorList(kwargs.get("logits_processor") or [])
-            processors.append(SeededSampler(seed, **warpers))
-            kwargs.update(logits_processor=processors, do_sample=False)
-            # Greedy decoding refuses the settings of sampling, which the sampler has taken.
-            kwargs.update(temperature=None, top_k=None, top_p=None, min_p=None)
-        if kwargs.get("pad_token_id") is None and config.pad_token_id is None:
-            # Padding never happens; naming a token spares the user transformers' warning.
-            eos = kwargs.get("eos_token_id", config.eos_token_id)
-            kwargs["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-
-    def _result(
-        self,
-        prompt: PreparedPrompt,
-        new: list[int],
-        new_tokens: int,
-        assembler: TextAssembler,
-        sink: TokenSink,
-        figures: Figures,
-    ) -> GenerationResult:
-        now = time.perf_counter()
-        eos = self.model.generation_config.eos_token_id
-        ends = set(eos if isinstance(eos, list) else [eos])
-        ended = bool(new) and new[-1] in ends
-        full = len(new) >= new_tokens and not ended and not assembler.stopped
-        assert sink.first_token_time is not None
-        return GenerationResult(
-            text=assembler.text,
-            token_ids=new,
-            finish_reason="length" if full else "stop",
-            usage={
-                "prompt_tokens": prompt.num_tokens,
-                "completion_tokens": len(new),
-                "total_tokens": prompt.num_tokens + len(new),
-            },
-            cache={
-                "contexts": len(prompt.contexts),
-                "hits": figures.hits,
-                "misses": figures.misses,
-                "bytes_loaded": figures.bytes_loaded,
-            },
-            timings={
-                "load": figures.load,
-                "encode": figures.encode,
-                "first_token": sink.first_token_time - figures.start,
-                "total": now - figures.start,
-            },
+        if seed is None or not self._setting(kwargs, "do_sample"):
+            return
+        settings = {
+            name: self._setting(kwargs, name) for name in ("temperature", "top_k", "top_p", "min_p")
+        }
+        temperature = settings["temperature"]
+        sampler = SeededSampler(
+            seed, **{**settings, "temperature": 1.0 if temperature is None else temperature}
         )
+        processors = [*(kwargs.get("logits_processor") or []), sampler]
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        # Greedy decoding warns of the settings of sampling, which the sampler has taken.
+        kwargs.update(do_sample=False, **dict.fromkeys(settings))
+
+    def _name_padding(self, kwargs: dict[str, Any]) -> None:
+        """Name a padding token: padding never happens, but transformers warns without one."""
+        if self._setting(kwargs, "pad_token_id") is None:
+            ends = _as_list(self._setting(kwargs, "eos_token_id"))
+            kwargs["pad_token_id"] = ends[0] if ends else 0
 
     @torch.no_grad()
     def query_logits(
@@ -567,3 +541,38 @@ def _strings(stop: str | Sequence[str] | None) -> list[str]:
     if stop is None:
         return []
     return [stop] if isinstance(stop, str) else [text for text in stop if text]
+
+
+def _as_list(ids: int | list[int] | Tensor | None) -> list[int]:
+    if ids is None:
+        return []
+    if isinstance(ids, Tensor):
+        return [int(i) for i in ids.flatten()]
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _result(
+    text: str, new: list[int], finish_reason: str, prompt: PreparedPrompt, figures: Figures
+) -> GenerationResult:
+    return GenerationResult(
+        text=text,
+        token_ids=new,
+        finish_reason=finish_reason,
+        usage={
+            "prompt_tokens": prompt.num_tokens,
+            "completion_tokens": len(new),
+            "total_tokens": prompt.num_tokens + len(new),
+        },
+        cache={
+            "contexts": len(prompt.contexts),
+            "hits": figures.hits,
+            "misses": figures.misses,
+            "bytes_loaded": figures.bytes_loaded,
+        },
+        timings={
+            "load": figures.load,
+            "encode": figures.encode,
+            "first_token": figures.first_token,
+            "total": time.perf_counter() - figures.start,
+        },
+    )

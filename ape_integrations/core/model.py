@@ -104,6 +104,12 @@ def check_supported(model: Any) -> None:
             f"{name} does not use transformers' attention interface, so APE attention cannot be "
             f"plugged in. {_INSTEAD}"
         )
+    cached = (m for m in base.modules() if getattr(m, "layer_idx", None) is not None)
+    if any(getattr(module, "is_causal", True) is False for module in cached):
+        raise UnsupportedModelError(
+            f"{name} attends in both directions (is_decoder is off), so no token's states could "
+            f"be kept for later ones. {_INSTEAD}"
+        )
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModelError(f"{name} takes no position ids. {_INSTEAD}")
 

@@ -37,6 +37,7 @@ class Figures:
     bytes_loaded: int = 0
     load: float = 0.0
     encode: float = 0.0
+    first_token: float = 0.0
     start: float = field(default_factory=time.perf_counter)
 
 
