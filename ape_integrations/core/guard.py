@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def guarded(text: str, special_tokens: Sequence[str]) -> str:
     tokens = sorted(long_enough, key=len, reverse=True)
     pattern = re.compile(f"(?=({'|'.join(map(re.escape, tokens))}))")
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
-    return GUARD.join(text[start:end] for start, end in zip(cuts, cuts[1:], strict=False))
+    return GUARD.join(text[start:end] for start, end in itertools.pairwise(cuts))
 
 
 def unguarded(text: str) -> str:
