@@ -155,6 +155,7 @@ class APEGenerator:
         *,
         store: KVStore | str | Path | None = None,
         config: APEConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> APEGenerator:
@@ -164,6 +165,8 @@ class APEGenerator:
         ----------
         name_or_path : str or Path
             Hub name or directory.
+        tokenizer : PreTrainedTokenizerBase, optional
+            A tokenizer to use instead of the one of that name.
         tokenizer_kwargs, **model_kwargs
             For ``AutoTokenizer.from_pretrained`` and ``AutoModelForCausalLM.from_pretrained``
             (``dtype``, ``device_map``, ``revision``, ...).
@@ -183,7 +186,8 @@ class APEGenerator:
                 f"{name} is no causal language model (an encoder-decoder or encoder-only model?). "
                 "Use a decoder-only model such as Llama, Qwen or Mistral."
             ) from error
-        tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
         return cls(model, tokenizer, store=store, config=config)
 
     # Prompts ------------------------------------------------------------------------------------
@@ -311,20 +315,35 @@ class APEGenerator:
         self.store.flush()
         return {"contexts": len(ids), "hits": figures.hits, "misses": figures.misses}
 
-    def prefetch(self, texts: Iterable[str]) -> None:
-        """Load or encode texts in the background, behind the prefixes used lately.
+    def prefetch(
+        self, texts: Iterable[str], prefix: str | None = None, *, encode: bool = True
+    ) -> None:
+        """Load or encode texts in the background.
 
         Returns at once. A failure shows in the request that needs the states, not here.
+
+        Parameters
+        ----------
+        texts : iterable of str
+            Texts as the prompt will contain them.
+        prefix : str, optional
+            The prefix that the prompt will have; None is the one used last.
+        encode : bool
+            Whether to encode what the store lacks. Without, nothing is wasted on a wrong prefix.
         """
         contexts = [text for text in texts if text.strip()]
         prefixes = list(reversed(self._recent_prefixes))
-        if contexts and prefixes:
-            self._background.submit(self._prefetch, prefixes[0], contexts)
+        if contexts and (prefixes or prefix is not None):
+            ids = list(prefixes[0]) if prefix is None else self.prefix_ids(prefix)
+            self._background.submit(self._prefetch, ids, contexts, encode)
 
-    def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str]) -> None:
+    def _prefetch(
+        self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool
+    ) -> None:
         ids = self.context_ids(contexts)
         self._source.promote(prefix_ids, ids)
-        self._source.ensure(prefix_ids, ids, Figures(), show_progress=False)
+        if encode:
+            self._source.ensure(prefix_ids, ids, Figures(), show_progress=False)
 
     # Generation ---------------------------------------------------------------------------------
 
