@@ -133,7 +133,7 @@ def render_chat(
 
 
 def _shows_all(text: str, chat: Sequence[Message]) -> bool:
-    """Whether no message was dropped; templates may well drop parts of earlier answers (thoughts)."""
+    """Whether no message was dropped; templates may well drop thoughts of earlier answers."""
     for message in chat:
         content = message["content"].strip()
         shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text

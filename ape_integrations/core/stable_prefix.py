@@ -163,8 +163,10 @@ def _find_query(head: str, query: str, before: int) -> int:
 
 
 def _stands_alone(head: str, start: int, end: int) -> bool:
-    before = re.search(r"(?:\A|[\n>\]:\uff1a\"'`])[ \t]*\Z", head[:start])
-    return before is not None and re.match(r"[ \t]*(?:\Z|[\n<\[\"'`])", head[end:]) is not None
+    if not re.search(r"(?:\A|[\n>\]:\uff1a\"'`])[ \t]*\Z", head[max(0, start - 16) : start]):
+        return False
+    several_words = any(map(str.isspace, head[start:end]))
+    return several_words or re.match(r"[ \t]*(?:\Z|[\n<\[\"'`])", head[end:]) is not None
 
 
 def turn_cut(head: str, markup: ChatMarkup) -> int:

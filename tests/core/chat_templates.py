@@ -45,7 +45,8 @@ QWEN = (
 # BOS, a date in the system message, trimmed contents, tool results as JSON strings.
 LLAMA3 = (
     "{{ bos_token }}"
-    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% if date_string is not defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
     "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' }}"
