@@ -10,7 +10,7 @@ from ape_integrations.core.registry import ContextRegistry
 
 # Candidate starts: after a line break, markup, a label's colon, a bracket, a quote or an escaped
 # line break. Cheap and generous; `_Boundaries` decides.
-_CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`]|\\n)[ \t]*")
+_CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`]|\\n)[ \t]*(?=\S)")
 _BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?\d{1,4}[.)])[ \t]+", re.MULTILINE)
 _MAX_BULLET = 16
 _OPENING = re.compile(r"(?:\A|[\[({,:=>\n]|\\n)[ \t]*[\"'`]{1,3}[ \t]*\Z")
@@ -48,13 +48,14 @@ def find_contexts(
     if not len(registry):
         return []
     queries = registry.queries()
+    joined = "\0".join(queries)
 
     def accept(start: int, end: int) -> bool:
         word = not any(map(str.isspace, prompt[start:end]))
         return (
             _begins(prompt, start, word, markup)
             and _ends(prompt, start, end, word, markup)
-            and not _inside_query(prompt, start, end, queries)
+            and not (prompt[start:end] in joined and _inside_query(prompt, start, end, queries))
         )
 
     starts = {match.end() for match in _CANDIDATE.finditer(prompt)}

@@ -7,7 +7,7 @@ import re
 import threading
 from bisect import bisect_right, insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _HEAD = 12  # characters that choose a bucket; a text shorter than this is looked up whole
@@ -44,8 +44,9 @@ class _Bucket:
         self._longest = max(map(len, self.texts), default=0)
         return parents
 
-    def at(self, prompt: str, position: int) -> Iterator[str]:
+    def at(self, prompt: str, position: int) -> list[str]:
         """Texts that the prompt continues with at a position, longest first."""
+        found = []
         if self._parents is None:
             self._parents = self._link()
         window = prompt[position : position + self._longest]
@@ -55,8 +56,9 @@ class _Bucket:
         index = bisect_right(self.texts, window) - 1
         while index >= 0:
             if window.startswith(self.texts[index]):
-                yield self.texts[index]
+                found.append(self.texts[index])
             index = self._parents[index]
+        return found
 
 
 class TextIndex:
@@ -92,15 +94,15 @@ class TextIndex:
         if not bucket.texts:
             del self._buckets[text[:_HEAD]]
 
-    def at(self, prompt: str, position: int) -> Iterator[str]:
+    def at(self, prompt: str, position: int) -> list[str]:
         """Texts that the prompt continues with at a position, longest first."""
         bucket = self._buckets.get(prompt[position : position + _HEAD])
-        if bucket is not None:
-            yield from bucket.at(prompt, position)
+        found = [] if bucket is None else bucket.at(prompt, position)
         for length in self._short_lengths:
             text = prompt[position : position + length]
             if len(text) == length and text in self._members:
-                yield text
+                found.append(text)
+        return found
 
     def _count_short(self, text: str, change: int) -> None:
         self._short[len(text)] += change
@@ -163,8 +165,8 @@ class ContextRegistry:
     def _reset(self) -> None:
         self._texts: OrderedDict[str, None] = OrderedDict()
         self._queries: OrderedDict[str, None] = OrderedDict()
-        self._plain = TextIndex()
-        self._rewritten: dict[str, TextIndex] = {}
+        self._index = TextIndex()
+        self._forms: list[_Form] = []  # those indexed so far
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -224,14 +226,11 @@ class ContextRegistry:
         found: list[tuple[int, int]] = []
         end = 0
         with self._lock:
-            indexes = self._indexes(prompt)
+            self._index_forms(prompt)
             for position in positions:
                 if position < end:
                     continue
-                texts = [text for index in indexes for text in index.at(prompt, position)]
-                if not texts:
-                    continue
-                for text in sorted(texts, key=len, reverse=True):
+                for text in self._index.at(prompt, position):
                     if accept(position, position + len(text)):
                         end = position + len(text)
                         found.append((position, end))
@@ -240,29 +239,24 @@ class ContextRegistry:
 
     def _add(self, text: str) -> None:
         self._texts[text] = None
-        self._plain.add(text)
-        for form in _FORMS:
-            if form.name in self._rewritten:
-                self._add_form(form, text)
+        for written in self._written(text, self._forms):
+            self._index.add(written)
+        self._index.add(text)
         if len(self._texts) > self._max_texts:
             oldest, _ = self._texts.popitem(last=False)
-            self._plain.remove(oldest)
-            for form in _FORMS:
-                if form.name in self._rewritten and form.rewrite(oldest) != oldest:
-                    self._rewritten[form.name].remove(form.rewrite(oldest))
+            for written in self._written(oldest, self._forms):
+                self._index.remove(written)
+            self._index.remove(oldest)
 
-    def _add_form(self, form: _Form, text: str) -> None:
-        if (rewritten := form.rewrite(text)) != text:
-            self._rewritten[form.name].add(rewritten)
+    def _index_forms(self, prompt: str) -> None:
+        """Index all texts in the forms that a prompt shows signs of for the first time."""
+        new = [f for f in _FORMS if f not in self._forms and f.marker.search(prompt)]
+        for text in self._texts if new else ():
+            for written in self._written(text, new):
+                self._index.add(written)
+        self._forms += new
 
-    def _indexes(self, prompt: str) -> list[TextIndex]:
-        indexes = [self._plain]
-        for form in _FORMS:
-            if not form.marker.search(prompt):
-                continue
-            if form.name not in self._rewritten:
-                self._rewritten[form.name] = TextIndex()
-                for text in self._texts:
-                    self._add_form(form, text)
-            indexes.append(self._rewritten[form.name])
-        return indexes
+    @staticmethod
+    def _written(text: str, forms: list[_Form]) -> list[str]:
+        written = (form.rewrite(text) for form in forms)
+        return [each for each in written if each != text]
