@@ -1,0 +1,69 @@
+"""Arguments of a call, in LlamaIndex's words, as arguments of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ape_integrations.core.errors import ConfigError
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+#: What other LLM classes call the same thing.
+_SYNONYMS = {
+    "max_tokens": "max_new_tokens",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+}
+
+
+def generation_arguments(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge layers of arguments, later ones first in rank, into those of a generation.
+
+    A temperature of 0 means greedy decoding. Any other sampling setting means sampling, unless
+    the same or a later layer says ``do_sample=False``.
+
+    Parameters
+    ----------
+    *layers : mapping
+        Defaults of the LLM, then arguments of the call. None stands for "not given".
+
+    Raises
+    ------
+    ConfigError
+        A value is out of range.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        named = {_SYNONYMS.get(name, name): value for name, value in layer.items()}
+        given = {name: value for name, value in named.items() if value is not None}
+        if "do_sample" not in given:
+            asks = [name for name in _SAMPLING if name in given]
+            if given.get("temperature") == 0:
+                given["do_sample"] = False
+            elif asks:
+                given["do_sample"] = True
+        merged.update(given)
+    _check(merged)
+    if merged.get("do_sample") is False or merged.get("temperature") == 0:
+        merged["do_sample"] = False
+        # Named and empty, or generate() warns about the model's own sampling settings.
+        merged.update(temperature=None, top_p=None, top_k=None)
+        merged.pop("min_p", None)
+        merged.pop("typical_p", None)
+    return merged
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    temperature = arguments.get("temperature")
+    if temperature is not None and (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or temperature < 0
+    ):
+        raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
+    stop = arguments.get("stop")
+    if stop is not None and not (
+        isinstance(stop, str) or all(isinstance(text, str) for text in stop)
+    ):
+        raise ConfigError(f"stop must be a string or strings, not {stop!r}.")

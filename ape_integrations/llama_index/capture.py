@@ -1,0 +1,132 @@
+"""Texts and query strings that LlamaIndex's instrumentation reports, handed to every live LLM.
+
+This is what makes an engine fast without any change to it. Two public hooks are used:
+
+- events: a retriever reports what it retrieved, engines and retrievers report query strings;
+- spans: a response synthesizer's ``synthesize(query, nodes)`` shows the nodes exactly as they
+  enter the prompt, after postprocessors and after the re-chunking of ``CitationQueryEngine``, and
+  a direct ``get_response(query_str, text_chunks)`` its chunks.
+
+Texts are registered only; nothing is encoded before a prompt contains them. What a synthesizer
+makes itself (chunks joined to fill a window, summaries of summaries) is no retrieved text and is
+left alone, so that it does not flood the store.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
+
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers.base import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.instrumentation.events.query import QueryStartEvent
+from llama_index.core.instrumentation.events.retrieval import (
+    RetrievalEndEvent,
+    RetrievalStartEvent,
+)
+from llama_index.core.instrumentation.span import BaseSpan
+from llama_index.core.instrumentation.span_handlers.base import BaseSpanHandler
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+
+from ape_integrations.llama_index.lazy import LazyGenerator
+
+logger = logging.getLogger(__name__)
+
+_listeners: WeakSet[LazyGenerator] = WeakSet()
+_lock = threading.Lock()
+
+_SYNTHESIS = ("synthesize", "asynthesize")
+_RESPONSE = ("get_response", "aget_response")
+
+
+def node_text(node: BaseNode | NodeWithScore) -> str:
+    """Return a node's text as response synthesizers put it into a prompt."""
+    inner = node.node if isinstance(node, NodeWithScore) else node
+    return inner.get_content(metadata_mode=MetadataMode.LLM).strip()
+
+
+def listen(generator: LazyGenerator) -> None:
+    """Register captured texts with a generator as long as it lives."""
+    root = get_dispatcher()
+    with _lock:
+        _listeners.add(generator)
+        # Looked up every time: applications may replace the root's handlers.
+        if _events not in root.event_handlers:
+            root.add_event_handler(_events)
+        if _spans not in root.span_handlers:
+            root.add_span_handler(_spans)
+
+
+def _register(texts: Iterable[str], query: Any = None) -> None:
+    try:
+        kept = [text for text in texts if text.strip()]
+        text = query.query_str if isinstance(query, QueryBundle) else query
+        with _lock:
+            listeners = list(_listeners)
+        for listener in listeners:
+            listener.register(kept, text if isinstance(text, str) else None)
+    except Exception:
+        # The dispatcher would swallow it; reuse is lost for this text, the answer is not.
+        logger.warning("Retrieved texts could not be captured.", exc_info=True)
+
+
+class _EventCapture(BaseEventHandler):
+    """Registers retrieved nodes and query strings."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "APEEventCapture"
+
+    def handle(self, event: BaseEvent, **kwargs: Any) -> None:
+        if isinstance(event, RetrievalEndEvent):
+            _register(map(node_text, event.nodes), event.str_or_query_bundle)
+        elif isinstance(event, RetrievalStartEvent):
+            _register((), event.str_or_query_bundle)
+        elif isinstance(event, QueryStartEvent):
+            _register((), event.query)
+
+
+class _SpanCapture(BaseSpanHandler[BaseSpan]):
+    """Registers the nodes that a response synthesizer is called with; keeps no spans."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "APESpanCapture"
+
+    def new_span(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any = None,
+        parent_span_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(instance, BaseSynthesizer):
+            return
+        method, arguments = _method(id_), bound_args.arguments
+        if method in _SYNTHESIS:
+            _register(map(node_text, arguments.get("nodes", ())), arguments.get("query"))
+        elif method in _RESPONSE and _method(parent_span_id) not in (*_SYNTHESIS, *_RESPONSE):
+            _register(arguments.get("text_chunks", ()), arguments.get("query_str"))
+
+    def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _method(span_id: str | None) -> str:
+    """Return the method's name in a span id, ``Class.method-uuid``."""
+    return (span_id or "").partition("-")[0].rpartition(".")[2]
+
+
+_events = _EventCapture()
+_spans = _SpanCapture()
