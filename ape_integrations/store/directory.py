@@ -31,12 +31,13 @@ def prepare_directory(directory: str | os.PathLike[str] | None, trust: bool = Fa
     Returns
     -------
     Path
-        The absolute path of a writable directory.
+        The absolute path of a directory that is writable, or that holds a store at least.
 
     Raises
     ------
     StoreError
-        If it cannot be created or written to, or if others could have planted entries in it.
+        If it cannot be created, if it is neither writable nor a store already, or if others
+        could have planted entries in it.
     """
     path = Path(directory).expanduser() if directory is not None else default_directory()
     path = path.absolute()
@@ -50,12 +51,17 @@ def prepare_directory(directory: str | os.PathLike[str] | None, trust: bool = Fa
         ) from error
     if not trust:
         _refuse_foreign(path)
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+    if not is_writable(path) and not (path / INDEX_FILE).exists():
         raise StoreError(
             f"The store's directory {path} is not writable. Give another one, for example"
             " DiskKVStore(directory=...) or cache_dir=..., or change its permissions."
         )
     return path
+
+
+def is_writable(path: Path) -> bool:
+    """Tell whether this process can work in a directory."""
+    return os.access(path, os.R_OK | os.W_OK | os.X_OK)
 
 
 def _refuse_foreign(path: Path) -> None:

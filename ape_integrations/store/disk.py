@@ -8,9 +8,11 @@ import logging
 import os
 import re
 import sqlite3
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import diskcache
@@ -22,15 +24,18 @@ from ape_integrations.store.base import (
     KVStates,
     LoadsByGet,
     StoreStats,
+    TagStats,
     check_destination,
     from_layers,
 )
 from ape_integrations.store.directory import prepare_directory
 from ape_integrations.store.files import EntryFiles
-from ape_integrations.store.index import EntryIndex, EntryRow, StoredFile
+from ape_integrations.store.index import EntryRow, StoredFile
+from ape_integrations.store.maintenance import VerifyReport, verify_store
 from ape_integrations.store.outage import Outage
 from ape_integrations.store.pins import Pins
 from ape_integrations.store.quantization import check_kv_dtype
+from ape_integrations.store.recovery import open_index
 from ape_integrations.store.serialization import (
     FORMAT_VERSION,
     EntryError,
@@ -105,12 +110,16 @@ class DiskKVStore(LoadsByGet):
         self._storing = Outage(f"Storing KV states in {self.directory}", retry_after)
         self._reading = Outage(f"Reading KV states in {self.directory}", retry_after=0.0)
         try:
-            self._index = EntryIndex(self.directory, self._files)
+            self._index, writable = open_index(self.directory, self._files)
+        except StoreError:
+            raise
         except _MEDIUM_FAULTS as error:
             raise StoreError(
                 f"Cannot open the index of the store in {self.directory}: {error}. Give another"
                 " directory, for example DiskKVStore(directory=...) or cache_dir=..."
             ) from error
+        if not writable:
+            self._storing.begin("the directory is read-only")
         self._encoding = EncodingLocks(self.directory / "locks")
         _close_at_exit(self)
 
@@ -179,9 +188,9 @@ class DiskKVStore(LoadsByGet):
         """Remove an entry; False where there was none."""
         return self._remove(self._full_key(key))
 
-    def clear(self) -> int:
-        """Remove all entries of this namespace and return their number."""
-        return sum(self._remove(row.key) for row in self.rows())
+    def clear(self, *, all_namespaces: bool = False) -> int:
+        """Remove all entries, of this namespace or of all, and return their number."""
+        return sum(self._remove(row.key) for row in self.rows(all_namespaces=all_namespaces))
 
     def rows(self, *, all_namespaces: bool = False) -> list[EntryRow]:
         """Return what the index says of every entry, least recently used first.
@@ -214,7 +223,71 @@ class DiskKVStore(LoadsByGet):
             put_failures=counters.get("put_failures", 0),
             oldest=min((row.stored for row in rows), default=None),
             newest=max((row.stored for row in rows), default=None),
+            tags=_by_tag(rows),
         )
+
+    def verify(self, *, repair: bool = True) -> VerifyReport:
+        """Read every entry of every namespace, find files of killed writers, check the index.
+
+        Others may go on using the store.
+
+        Parameters
+        ----------
+        repair : bool
+            Drop what is bad and put the index right.
+
+        Returns
+        -------
+        VerifyReport
+            What was found.
+
+        Raises
+        ------
+        StoreError
+            If the index cannot be read, or not repaired.
+        """
+        self._write_usage()
+        try:
+            return verify_store(self._index, self._files, f"v{FORMAT_VERSION}/", repair)
+        except _MEDIUM_FAULTS as error:
+            raise StoreError(f"Cannot verify {self.directory}: {_describe(error)}.") from error
+
+    def prune(
+        self,
+        *,
+        older_than: float | None = None,
+        tag: str | None = None,
+        to_size: int | str | None = None,
+    ) -> int:
+        """Remove entries that are no longer wanted, in all namespaces.
+
+        Parameters
+        ----------
+        older_than : float, optional
+            Remove what was last used more than so many seconds ago.
+        tag : str, optional
+            Remove only entries with this tag; a pattern such as ``"llama*"`` is allowed. Does not
+            restrict `to_size`.
+        to_size : int or str, optional
+            Evict, in the usual order, until all entries together take no more than this.
+
+        Returns
+        -------
+        int
+            Number of entries removed.
+        """
+        removed = 0
+        if older_than is not None or tag is not None:
+            latest = time.time() - (older_than or 0.0)
+            for row in self.rows(all_namespaces=True):
+                if row.used <= latest and fnmatchcase(row.tag, tag if tag is not None else "*"):
+                    removed += self._remove(row.key, row.file)
+        if to_size is not None:
+            self._write_usage()
+            limit = parse_size(to_size, "to_size")
+            with contextlib.suppress(*_MEDIUM_FAULTS):
+                removed += self._index.evict_to(limit, self._pins.__contains__)
+        return removed
 
     def flush(self) -> None:
         """Write down which entries were used."""
@@ -262,6 +335,7 @@ class DiskKVStore(LoadsByGet):
             logger.warning("An entry of %d bytes exceeds the limit %d.", nbytes, self._size_limit)
             return False
         self._write_usage()
+        self._files.require_room(nbytes)
         with self._files.create() as file:
             file.write(buffers)
             stored = self._index.add(
@@ -304,6 +378,14 @@ class DiskKVStore(LoadsByGet):
             # Nothing depends on these figures; they are kept for the next attempt.
             self._usage.give_back(uses, counts)
             self._index.close()
+
+
+def _by_tag(rows: Iterable[EntryRow]) -> dict[str, TagStats]:
+    tags: dict[str, TagStats] = {}
+    for row in rows:
+        old = tags.get(row.tag, TagStats())
+        tags[row.tag] = TagStats(old.entries + 1, old.bytes + row.nbytes, old.hits + row.hits)
+    return tags
 
 
 def _describe(error: BaseException) -> str:

@@ -8,11 +8,12 @@ so that a killed process leaves nothing behind that others would have to wait fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ape_integrations.store.serialization import EntryError
@@ -20,6 +21,9 @@ from ape_integrations.store.serialization import EntryError
 _NAME = re.compile(r"entries/[0-9a-f]{2}/[0-9a-f]{30}\.kv")
 # A name that turned into a pipe must not block its reader.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+MAX_RESERVE = 1 << 30
+"""Bytes that are left free on the file system: one percent of it, but no more than this."""
+
 _MAX_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 
 
@@ -198,6 +202,41 @@ class EntryFiles:
             return True
         finally:
             unlock_and_close(descriptor)
+
+    def is_abandoned(self, name: str, is_indexed: Callable[[str], bool], *, remove: bool) -> bool:
+        """Tell whether a file belongs to no entry and nobody is writing it, and remove it if so.
+
+        Parameters
+        ----------
+        name : str
+            The file.
+        is_indexed : callable
+            Tells whether an entry has the file; asked while the file is locked, when no writer can
+            register it any more.
+        remove : bool
+            Whether to remove it.
+        """
+        try:
+            descriptor = os.open(self.path(name), _READ)
+        except OSError:
+            return False
+        if not try_lock(descriptor):
+            os.close(descriptor)
+            return False
+        try:
+            abandoned = not is_indexed(name)
+            if abandoned and remove:
+                self.remove(name)
+            return abandoned
+        finally:
+            unlock_and_close(descriptor)
+
+    def require_room(self, nbytes: int) -> None:
+        """Raise OSError (ENOSPC) where writing so many bytes would all but fill the file system."""
+        system = os.statvfs(self._directory)
+        reserve = min(MAX_RESERVE, system.f_blocks * system.f_frsize // 100)
+        if system.f_bavail * system.f_frsize < nbytes + reserve:
+            raise OSError(errno.ENOSPC, "the file system is full", str(self._directory))
 
     def names(self) -> Iterator[str]:
         """Yield the names of all entry files that exist."""

@@ -8,14 +8,18 @@ ten entries at a time, after the fact: ours makes room first, exactly, and in th
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import diskcache
 from diskcache.core import MODE_BINARY, UNKNOWN
 
+from ape_integrations.store.directory import INDEX_FILE
 from ape_integrations.store.eviction import CREATE_TABLES, next_victim, remember_victim
 from ape_integrations.store.eviction import is_remembered as was_evicted_before_reuse
 from ape_integrations.store.files import EntryFiles, is_entry_name
@@ -102,10 +106,79 @@ class EntryDisk(diskcache.Disk):  # type: ignore[misc]
             Path(self._directory, file_path).unlink(missing_ok=True)
 
 
+# Name of an inconsistency, a query that is not zero where it exists, a statement against it.
+CHECKS = (
+    (
+        "total size differs from the sum of the entries",
+        "SELECT (SELECT value FROM Settings WHERE key = 'size')"
+        " <> (SELECT COALESCE(SUM(size), 0) FROM Cache)",
+        "UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'",
+    ),
+    (
+        "count differs from the number of entries",
+        "SELECT (SELECT value FROM Settings WHERE key = 'count') <> (SELECT COUNT(*) FROM Cache)",
+        "UPDATE Settings SET value = (SELECT COUNT(*) FROM Cache) WHERE key = 'count'",
+    ),
+    (
+        "entries without a place in the order of eviction",
+        "SELECT COUNT(*) FROM Cache WHERE key NOT IN (SELECT key FROM KVUsage)",
+        "INSERT INTO KVUsage SELECT key, 0, 0, size FROM Cache"
+        " WHERE key NOT IN (SELECT key FROM KVUsage)",
+    ),
+    (
+        "places in the order of eviction without an entry",
+        "SELECT COUNT(*) FROM KVUsage WHERE key NOT IN (SELECT key FROM Cache)",
+        "DELETE FROM KVUsage WHERE key NOT IN (SELECT key FROM Cache)",
+    ),
+    (
+        "sizes in the order of eviction differ from the entries'",
+        "SELECT COUNT(*) FROM KVUsage u JOIN Cache c USING (key) WHERE u.size <> c.size",
+        "UPDATE KVUsage SET size = (SELECT size FROM Cache c WHERE c.key = KVUsage.key)",
+    ),
+)
+
 _ROW = "c.key, tag, c.size, access_count, store_time, access_time, mode, filename"
 
 
-class EntryIndex(diskcache.Cache):  # type: ignore[misc]
+class IndexQueries:
+    """What can be asked of an index without changing it."""
+
+    _sql: Callable[..., sqlite3.Cursor]
+
+    def find(self, key: str) -> EntryRow | None:
+        """Return the row of a key."""
+        rows = self._sql(f"SELECT {_ROW} FROM Cache c WHERE key = ? AND raw = 1", (key,)).fetchall()
+        return _row(rows[0]) if rows else None
+
+    def rows(self, scope: str) -> Iterator[EntryRow]:
+        """Yield all rows whose key matches a GLOB pattern, least recently used first."""
+        select = (
+            f"SELECT {_ROW} FROM Cache c LEFT JOIN KVUsage u ON u.key = c.key"
+            " WHERE c.key GLOB ? ORDER BY sequence"
+        )
+        for row in self._sql(select, (scope,)).fetchall():
+            yield _row(row)
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters."""
+        return {str(name): int(value) for name, value in self._sql("SELECT * FROM KVCounter")}
+
+    def file_names(self) -> set[str]:
+        """Return the files of all entries."""
+        return {str(name) for (name,) in self._sql("SELECT filename FROM Cache").fetchall()}
+
+    def has_file(self, name: str) -> bool:
+        """Tell whether an entry has this file."""
+        select = "SELECT 1 FROM Cache WHERE filename = ? LIMIT 1"
+        return bool(self._sql(select, (name,)).fetchall())
+
+    def used_bytes(self) -> int:
+        """Return the bytes of all entries together."""
+        ((size,),) = self._sql("SELECT value FROM Settings WHERE key = 'size'").fetchall()
+        return int(size)
+
+
+class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
     """Which entries a store has, and which of them to give up first.
 
     Every method raises `sqlite3.Error` or `diskcache.Timeout` where the database cannot be used;
@@ -134,20 +207,6 @@ class EntryIndex(diskcache.Cache):  # type: ignore[misc]
         )
         for statement in CREATE_TABLES:
             self._sql_retry(statement)
-
-    def find(self, key: str) -> EntryRow | None:
-        """Return the row of a key."""
-        rows = self._sql(f"SELECT {_ROW} FROM Cache c WHERE key = ? AND raw = 1", (key,)).fetchall()
-        return _row(rows[0]) if rows else None
-
-    def rows(self, scope: str) -> Iterator[EntryRow]:
-        """Yield all rows whose key matches a GLOB pattern, least recently used first."""
-        select = (
-            f"SELECT {_ROW} FROM Cache c LEFT JOIN KVUsage u ON u.key = c.key"
-            " WHERE c.key GLOB ? ORDER BY sequence"
-        )
-        for row in self._sql(select, (scope,)).fetchall():
-            yield _row(row)
 
     def add(
         self, key: str, file: StoredFile, tag: str, limit: int, is_pinned: Callable[[str], bool]
@@ -189,6 +248,12 @@ class EntryIndex(diskcache.Cache):  # type: ignore[misc]
             )
             return True
 
+    def is_current(self, row: EntryRow) -> bool:
+        """Tell whether an entry still has the file it had, once all writers are through."""
+        with self.transact():
+            current = self.find(row.key)
+            return current is not None and current.file == row.file
+
     def remove(self, key: str, name: str | None = None) -> bool:
         """Remove an entry with its file.
 
@@ -209,10 +274,10 @@ class EntryIndex(diskcache.Cache):  # type: ignore[misc]
 
     def evict_to(self, limit: int, is_pinned: Callable[[str], bool]) -> int:
         """Evict until all entries together take at most `limit` bytes; return how many went."""
-        before = len(self)
         with self.transact():
+            before = len(self)
             self._make_room(0, limit, is_pinned)
-        return before - len(self)
+            return before - len(self)
 
     def record_uses(self, uses: Mapping[str, tuple[int, float]], counts: Mapping[str, int]) -> None:
         """Write down which entries were loaded, oldest use first, and what else happened.
@@ -239,14 +304,27 @@ class EntryIndex(diskcache.Cache):  # type: ignore[misc]
                     (used, count, key),
                 )
 
-    def counters(self) -> dict[str, int]:
-        """Return the counters."""
-        return {str(name): int(value) for name, value in self._sql("SELECT * FROM KVCounter")}
+    def quick_check(self) -> list[tuple[str]]:
+        """Return SQLite's verdict on the database: one row ``("ok",)`` where it is sound."""
+        return self._sql("PRAGMA quick_check(1)").fetchall()
 
-    def used_bytes(self) -> int:
-        """Return the bytes of all entries together."""
-        ((size,),) = self._sql("SELECT value FROM Settings WHERE key = 'size'").fetchall()
-        return int(size)
+    def check(self, repair: bool) -> list[str]:
+        """Return, and put right, what is inconsistent within the index."""
+        found = [
+            f"database: {message}"
+            for (message,) in self._sql("PRAGMA integrity_check").fetchall()
+            if message != "ok"
+        ]
+        if found and repair:
+            self._sql("REINDEX")
+        with self.transact():
+            for name, compute, fix in CHECKS:
+                ((wrong,),) = self._sql(compute).fetchall()
+                if wrong:
+                    found.append(name)
+                    if repair:
+                        self._sql(fix)
+        return found
 
     def _make_room(self, nbytes: int, limit: int, is_pinned: Callable[[str], bool]) -> bool:
         spared: set[str] = set()
@@ -291,6 +369,40 @@ class EntryIndex(diskcache.Cache):  # type: ignore[misc]
             (name, value),
         ).fetchall()
         return int(rows[0][0])
+
+
+class ReadOnlyIndex(IndexQueries):
+    """The index of a store in a directory that this process cannot write to.
+
+    Parameters
+    ----------
+    directory : Path
+        The store's directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        # Nobody writes to an immutable database, so SQLite needs no lock files beside it.
+        self._uri = f"{(directory / INDEX_FILE).as_uri()}?immutable=1"
+        self._local = threading.local()
+        self.used_bytes()
+
+    @property
+    def _sql(self) -> Callable[..., sqlite3.Cursor]:  # type: ignore[override]
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = sqlite3.connect(self._uri, uri=True)
+        return cast("sqlite3.Connection", connection).execute
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        connection = self._local.__dict__.pop("connection", None)
+        if connection is not None:
+            connection.close()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise OSError(errno.EROFS, "the store is read-only")
 
 
 def _row(columns: tuple[Any, ...]) -> EntryRow:

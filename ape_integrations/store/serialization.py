@@ -242,6 +242,35 @@ def verify(source: Source) -> tuple[str, KVSpec, str]:
     OSError
         If the source cannot be read.
     """
+    key, spec, kv_dtype, checksum = _read_unknown_header(source)
+    header = _header(key, spec, kv_dtype)
+    digest = xxhash.xxh3_128(header)
+    remaining, scratch = source.nbytes - len(header), memoryview(bytearray(_PIECE))
+    while remaining:
+        piece = scratch[: min(remaining, len(scratch))]
+        source.readinto([piece])
+        digest.update(piece)
+        remaining -= len(piece)
+    if digest.hexdigest().encode() != checksum:
+        raise EntryError("fails its checksum")
+    return key, spec, kv_dtype
+
+
+def read_key(source: Source) -> str:
+    """Return the key in an entry's header, without reading its tensors.
+
+    Raises
+    ------
+    EntryError
+        If it does not begin like an entry of this format version, or has another size.
+    OSError
+        If the source cannot be read.
+    """
+    return _read_unknown_header(source)[0]
+
+
+def _read_unknown_header(source: Source) -> tuple[str, KVSpec, str, bytes]:
+    """Return key, spec, `kv_dtype` and checksum of an entry of which nothing is known."""
     prefix = bytearray(8)
     source.readinto([memoryview(prefix)])
     length = int.from_bytes(prefix, "little")
@@ -255,18 +284,9 @@ def verify(source: Source) -> tuple[str, KVSpec, str]:
     header[_CHECKSUM] = _NO_CHECKSUM
     if header != _header(key, spec, kv_dtype):
         raise EntryError("has a header that its contents do not call for")
-    if source.nbytes != entry_nbytes(key, spec, kv_dtype):
+    if source.nbytes != len(header) + _data_nbytes(spec, kv_dtype):
         raise EntryError(f"has {source.nbytes} bytes, not what its header calls for")
-    digest = xxhash.xxh3_128(header)
-    remaining, scratch = source.nbytes - len(header), memoryview(bytearray(_PIECE))
-    while remaining:
-        piece = scratch[: min(remaining, len(scratch))]
-        source.readinto([piece])
-        digest.update(piece)
-        remaining -= len(piece)
-    if digest.hexdigest().encode() != checksum:
-        raise EntryError("fails its checksum")
-    return key, spec, kv_dtype
+    return key, spec, kv_dtype, checksum
 
 
 def _read_header(source: Source, expected: bytearray) -> bytes:
