@@ -1,0 +1,68 @@
+"""Registers what retrievers return with the models that will read it, with no user code."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.tracers.context import register_configure_hook
+
+from ape_integrations.langchain.engine import engines
+
+#: Retrievals under way at the same time; more can only be left over from crashed ones.
+_MAX_RUNNING = 4096
+
+
+class RetrievalCapture(BaseCallbackHandler):
+    """Hands retrieved documents and their query to every live model that wants them.
+
+    Knows nothing of which chain a retrieval belongs to: registering a text with a model that never
+    sees it costs a dictionary entry.
+    """
+
+    def __init__(self) -> None:
+        self._queries: OrderedDict[UUID, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def on_retriever_start(
+        self, serialized: dict[str, Any], query: str, *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Remember the query until the documents are there."""
+        with self._lock:
+            self._queries[run_id] = str(query)
+            while len(self._queries) > _MAX_RUNNING:
+                self._queries.popitem(last=False)
+
+    def on_retriever_end(
+        self, documents: Sequence[Document], *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Register the documents."""
+        query = self._forget(run_id)
+        texts = [document.page_content for document in documents]
+        for engine in engines():
+            if engine.settings.capture:
+                engine.register(texts, query)
+
+    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Forget the query."""
+        self._forget(run_id)
+
+    def _forget(self, run_id: UUID) -> str | None:
+        with self._lock:
+            return self._queries.pop(run_id, None)
+
+
+_CAPTURE = RetrievalCapture()
+
+#: LangChain adds the handler to every callback manager, and those of nested runs inherit it. The
+#: default makes it so in every thread and task.
+capture_hook: ContextVar[RetrievalCapture | None] = ContextVar(
+    "ape_retrieval_capture", default=_CAPTURE
+)
+register_configure_hook(capture_hook, inheritable=True)

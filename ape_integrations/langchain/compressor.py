@@ -1,0 +1,181 @@
+"""APEDocumentCompressor: registers documents where no retriever does, and warms the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
+from langchain_core.prompts import (
+    BasePromptTemplate,
+    ChatPromptTemplate,
+    PromptTemplate,
+    format_document,
+)
+from langchain_core.prompts.chat import MessagesPlaceholder
+from pydantic import ConfigDict, field_validator
+from tqdm.auto import tqdm
+
+from ape_integrations.core.errors import ConfigError
+from ape_integrations.langchain.chat_model import ChatAPE
+from ape_integrations.langchain.settings import APESettings
+
+#: Variables that hold the documents in the prompts of LangChain's own chains.
+_DOCUMENT_VARIABLES = ("context", "documents", "summaries", "text", "context_str", "docs")
+
+#: Stands for the question while a prompt is rendered ahead of time.
+_QUESTION = "Which question will be asked of these documents?"
+
+#: Documents that are put into one prompt while it is rendered ahead of time.
+_AT_ONCE = 32
+
+
+class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
+    """Tells a model which documents it is about to read; what passes through stays as it is.
+
+    Needed only where the automatic capture is off or sees nothing, because documents come from no
+    LangChain retriever (``vectorstore.similarity_search``, a cache, a file). It must run last.
+    Serves as the compressor of a ``ContextualCompressionRetriever`` and as
+    ``retriever | compressor.transform_documents``.
+
+    Parameters
+    ----------
+    model : ChatAPE or APELanguageModel
+        The model that will read the documents.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: Any
+
+    @field_validator("model")
+    @classmethod
+    def _is_ours(cls, model: Any) -> Any:
+        if not isinstance(model, APESettings):
+            raise ConfigError(
+                f"model must be a ChatAPE or an APELanguageModel, not {type(model).__name__}."
+            )
+        return model
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Register documents and query; return the documents unchanged."""
+        self._register(documents, query)
+        return documents
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Register documents and query; return the documents unchanged."""
+        return self.compress_documents(documents, query)
+
+    def transform_documents(
+        self, documents: Sequence[Document], **kwargs: Any
+    ) -> Sequence[Document]:
+        """Register documents; return them unchanged."""
+        self._register(documents, None)
+        return documents
+
+    async def atransform_documents(
+        self, documents: Sequence[Document], **kwargs: Any
+    ) -> Sequence[Document]:
+        """Register documents; return them unchanged."""
+        return self.transform_documents(documents)
+
+    def _register(self, documents: Sequence[Document], query: str | None) -> None:
+        self.model._engine.register([document.page_content for document in documents], query)
+
+    # Ahead of time ------------------------------------------------------------------------------
+
+    def warm(
+        self,
+        documents: Sequence[Document],
+        prompt: BasePromptTemplate[Any] | str,
+        *,
+        document_variable: str | None = None,
+        document_prompt: BasePromptTemplate[str] | None = None,
+        show_progress: bool = True,
+    ) -> dict[str, int]:
+        """Encode and store documents before the first question.
+
+        The prompt is rendered just as a request would render it, with a made-up question, and
+        taken apart in the same way, so that requests find the very same entries.
+
+        Parameters
+        ----------
+        documents : sequence of Document
+        prompt : ChatPromptTemplate, PromptTemplate or str
+            The chain's prompt; or, as a string, the prefix itself, up to the first document.
+        document_variable : str, optional
+            The prompt's variable that takes the documents, where it has none of the usual names.
+        document_prompt : BasePromptTemplate, optional
+            How the chain writes each document, where it adds something to ``page_content``.
+        show_progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        dict
+            ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now).
+
+        Raises
+        ------
+        ConfigError
+            The prompt has no variable for documents.
+        """
+        template = document_prompt or PromptTemplate.from_template("{page_content}")
+        texts = [format_document(document, template) for document in documents]
+        self._register(documents, None)
+        parts = (
+            [(prompt, texts)]
+            if isinstance(prompt, str)
+            else self._parts(prompt, texts, _document_variable(prompt, document_variable))
+        )
+        counts = {"contexts": 0, "hits": 0, "misses": 0}
+        with tqdm(total=len(texts), unit="doc", disable=not show_progress) as progress:
+            progress.set_description("Warming the store")
+            for prefix, contexts in parts:
+                done = self.model.generator.warm(prefix, contexts, show_progress=False)
+                counts = {name: counts[name] + done[name] for name in counts}
+                progress.update(len(contexts))
+        return counts
+
+    def _parts(
+        self, prompt: BasePromptTemplate[Any], texts: Sequence[str], variable: str
+    ) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield prefix and contexts as requests will have them, some documents at a time."""
+        model, generator = self.model, self.model.generator
+        generator.registry.register([], _QUESTION)
+        for start in range(0, len(texts), _AT_ONCE):
+            some = texts[start : start + _AT_ONCE]
+            value = prompt.invoke(_arguments(prompt, variable, "\n\n".join(some)))
+            rendered = (
+                model.render(value.to_messages())
+                if isinstance(model, ChatAPE)
+                else value.to_string()
+            )
+            parts = generator.split(rendered)
+            yield parts.prefix, parts.contexts
+
+
+def _document_variable(prompt: BasePromptTemplate[Any], given: str | None) -> str:
+    names = set(prompt.input_variables)
+    found = given or next((name for name in _DOCUMENT_VARIABLES if name in names), None)
+    if found not in names:
+        raise ConfigError(
+            f"The prompt has no variable {given or 'for documents'}: it has "
+            f"{', '.join(sorted(names)) or 'none'}. Name it in document_variable."
+        )
+    return found
+
+
+def _arguments(prompt: BasePromptTemplate[Any], variable: str, documents: str) -> dict[str, Any]:
+    """Return a value for each variable: no history, and a made-up question."""
+    messages = prompt.messages if isinstance(prompt, ChatPromptTemplate) else []
+    histories = {m.variable_name for m in messages if isinstance(m, MessagesPlaceholder)}
+    values: dict[str, Any] = {
+        name: [] if name in histories else _QUESTION for name in prompt.input_variables
+    }
+    return {**values, variable: documents}

@@ -1,0 +1,81 @@
+"""Generation without blocking the event loop; a cancelled task stops generating."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ape_integrations.core.generation import GenerationStream
+
+T = TypeVar("T")
+
+_END = object()
+
+
+class _Cancellation(StoppingCriteria):
+    """Stops a generation after the current token."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        stop = self.requested.is_set()
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
+
+
+async def run_generation(generate: Callable[..., T], generation_kwargs: dict[str, Any]) -> T:
+    """Call ``generate(**generation_kwargs)`` in a worker thread.
+
+    Cancelling the task stops the generation after the current token.
+    """
+    cancellation = _Cancellation()
+    criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria") or [])
+    criteria.append(cancellation)
+    try:
+        return await asyncio.to_thread(
+            generate, **{**generation_kwargs, "stopping_criteria": criteria}
+        )
+    except asyncio.CancelledError:
+        cancellation.requested.set()
+        raise
+
+
+async def iterate(stream: GenerationStream) -> AsyncGenerator[str, None]:
+    """Yield the pieces of a stream; leaving early closes it."""
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[Any] = asyncio.Queue()
+
+    def send(item: object) -> None:
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, item)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            stream.close()
+
+    def pump() -> None:
+        try:
+            for piece in stream:
+                send(piece)
+        except BaseException as error:
+            send(error)
+        else:
+            send(_END)
+
+    # A thread of its own: the loop's default executor is small, and others need it.
+    threading.Thread(target=pump, name="ape-stream", daemon=True).start()
+    finished = False
+    try:
+        while (item := await pieces.get()) is not _END:
+            if isinstance(item, BaseException):
+                finished = True
+                raise item
+            yield item
+        finished = True
+    finally:
+        if not finished:
+            await asyncio.shield(asyncio.to_thread(stream.close))

@@ -1,0 +1,198 @@
+"""The generator behind a LangChain model: loaded when first needed, shared by models alike."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
+from ape_integrations.store import KVStore
+
+logger = logging.getLogger(__name__)
+
+#: Retrievals remembered for a model that is not loaded yet.
+_MAX_PENDING = 256
+
+_engines: WeakValueDictionary[Hashable, Engine] = WeakValueDictionary()
+_engines_lock = threading.Lock()
+# Loading with transformers changes global state and is not safe from several threads at once.
+_loading_lock = threading.Lock()
+_demo_told = threading.Event()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that the user loaded: a whole generator, or model and tokenizer.
+
+    Copies of a LangChain model share it.
+
+    Parameters
+    ----------
+    generator : APEGenerator, optional
+    model : PreTrainedModel, optional
+    tokenizer : PreTrainedTokenizerBase, optional
+    """
+
+    generator: APEGenerator | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        if self.generator is not None:
+            return self.generator.model, self.generator.tokenizer
+        return self.model, self.tokenizer
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """Which objects these are, for as long as they live."""
+        return id(self.generator), id(self.model), id(self.tokenizer)
+
+    def __copy__(self) -> LoadedModel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class EngineSettings:
+    """Everything that decides which generator serves a LangChain model.
+
+    Parameters
+    ----------
+    model : str or None
+        Hub name or directory; None is the bundled demo model.
+    loaded : LoadedModel or None
+        Used instead of loading ``model``.
+    store : KVStore, str or None
+        Where states are kept.
+    config : APEConfig
+        T, S and the limits of encoding.
+    load_kwargs : dict
+        For ``from_pretrained``.
+    capture : bool
+        Whether retrieved documents are registered automatically.
+    """
+
+    model: str | None = None
+    loaded: LoadedModel | None = None
+    store: KVStore | str | None = None
+    config: APEConfig = field(default_factory=APEConfig)
+    load_kwargs: dict[str, Any] = field(default_factory=dict)
+    capture: bool = True
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for settings that one generator can serve."""
+        path = self.store is None or isinstance(self.store, str)
+        return (
+            str(Path(self.model).resolve())
+            if self.model and Path(self.model).exists()
+            else self.model,
+            self.loaded and self.loaded.identity,
+            (self.store and str(Path(str(self.store)).resolve())) if path else id(self.store),
+            self.config,
+            repr(sorted(self.load_kwargs.items())),
+            self.capture,
+        )
+
+    def load(self) -> APEGenerator:
+        """Return the generator, which takes as long as loading the model takes."""
+        if self.loaded is not None and self.loaded.generator is not None:
+            return self.loaded.generator
+        if self.loaded is not None:
+            return APEGenerator(*self.loaded.parts, store=self.store, config=self.config)
+        name = _demo_model() if self.model is None else self.model
+        return APEGenerator.from_pretrained(
+            name, store=self.store, config=self.config, **self.load_kwargs
+        )
+
+
+class Engine:
+    """A generator that is loaded when it is first used. Safe for many threads.
+
+    Documents retrieved before that are registered as soon as it is there.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self._generator: APEGenerator | None = None
+        self._pending: deque[tuple[list[str], str | None]] = deque(maxlen=_MAX_PENDING)
+        self._lock = threading.Lock()
+
+    @property
+    def generator(self) -> APEGenerator:
+        """The generator; the first use loads the model."""
+        if self._generator is None:
+            with _loading_lock:
+                if self._generator is None:
+                    generator = self.settings.load()
+                    with self._lock:
+                        self._generator = generator
+                        while self._pending:
+                            generator.registry.register(*self._pending.popleft())
+        return self._generator
+
+    def register(self, texts: Sequence[str], query: str | None = None) -> None:
+        """Note retrieved texts, and start fetching their states where the model is loaded.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Texts as the prompt will contain them.
+        query : str, optional
+            What they were retrieved for.
+        """
+        with self._lock:
+            if self._generator is None:
+                self._pending.append((list(texts), query))
+                return
+        self._generator.registry.register(texts, query)
+        self._generator.prefetch(texts, encode=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return acquire, (self.settings,)
+
+
+def acquire(settings: EngineSettings) -> Engine:
+    """Return the engine of these settings: one per process, as long as somebody holds it."""
+    with _engines_lock:
+        engine = _engines.get(settings.key)
+        if engine is None:
+            engine = _engines[settings.key] = Engine(settings)
+        return engine
+
+
+def engines() -> list[Engine]:
+    """Return all engines that somebody holds."""
+    with _engines_lock:
+        return list(_engines.values())
+
+
+def _demo_model() -> str:
+    path = demo_model_path()
+    if not _demo_told.is_set():
+        _demo_told.set()
+        logger.warning(
+            "No model was named: the bundled demo model %s answers. It is small and made for "
+            "trying things out; name a model for real work.",
+            DEMO_MODEL_NAME,
+        )
+    return path

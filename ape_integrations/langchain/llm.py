@@ -1,0 +1,140 @@
+"""APELanguageModel: a LangChain completion model on the same generator as ChatAPE."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+
+from ape_integrations.core.generation import GenerationResult, GenerationStream
+from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
+from ape_integrations.langchain.concurrency import iterate, run_generation
+from ape_integrations.langchain.settings import APESettings, metadata, usage
+
+
+class APELanguageModel(APESettings, BaseLLM):
+    """Completion model whose retrieved documents are never prefilled twice.
+
+    Continues a prompt as it is, without a chat template; for chat models see `ChatAPE`, whose
+    parameters it shares. ``generation_info["ape"]`` says what the cache did.
+
+    Examples
+    --------
+    >>> from ape_integrations import APELanguageModel
+    >>> model = APELanguageModel(temperature=0, max_tokens=20)
+    >>> result = model.generate(["Hello"])
+    >>> result.generations[0][0].generation_info["ape"]["contexts"]
+    0
+    """
+
+    @property
+    def _llm_type(self) -> str:
+        return "ape"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Return True: a model that is named, not loaded, is described by its arguments."""
+        return True
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self._answer_params()
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "ape"
+        params.setdefault("ls_model_name", self.name_of_model)
+        return params
+
+    def _prepare(
+        self, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, str, dict[str, Any]]:
+        kwargs = dict(kwargs)
+        engine, name = self._engine_for(kwargs.pop("model", None))
+        return engine.generator, name, self._generation_kwargs(stop, kwargs)
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        generator, name, generation = self._prepare(stop, kwargs)
+        return _llm_result(
+            [generator.generate_prompt(prompt, **generation) for prompt in prompts], name
+        )
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        def generate(**call_kwargs: Any) -> LLMResult:
+            return self._generate(prompts, stop, **call_kwargs)
+
+        return await run_generation(generate, kwargs)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        generator, name, generation = self._prepare(stop, kwargs)
+        with closing(generator.stream_prompt(prompt, **generation)) as stream:
+            for piece in stream:
+                chunk = GenerationChunk(text=piece)
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+            yield GenerationChunk(text="", generation_info=_info(stream.result, name))
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        def start() -> tuple[GenerationStream, str]:
+            generator, name, generation = self._prepare(stop, kwargs)
+            return generator.stream_prompt(prompt, **generation), name
+
+        stream, name = await asyncio.to_thread(start)
+        async with aclosing(iterate(stream)) as pieces:
+            async for piece in pieces:
+                chunk = GenerationChunk(text=piece)
+                if run_manager is not None:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        yield GenerationChunk(text="", generation_info=_info(stream.result, name))
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the ids of a text by the model's own tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self.generator.tokens.rest(text)
+
+
+def _info(result: GenerationResult, name: str) -> dict[str, Any]:
+    return {**metadata(result, name), "usage_metadata": usage(result)}
+
+
+def _llm_result(results: list[GenerationResult], name: str) -> LLMResult:
+    totals = {
+        key: sum(result.usage[key] for result in results)
+        for key in ("prompt_tokens", "completion_tokens", "total_tokens")
+    }
+    return LLMResult(
+        generations=[[Generation(text=r.text, generation_info=_info(r, name))] for r in results],
+        llm_output={"token_usage": totals, "model_name": name},
+    )

@@ -1,0 +1,277 @@
+"""What ChatAPE and APELanguageModel have in common: their fields and what becomes of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from langchain_core.messages.ai import UsageMetadata
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import GenerationConfig
+
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.errors import ConfigError
+from ape_integrations.core.fingerprint import ModelFingerprint
+from ape_integrations.core.generation import GenerationResult
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.langchain.engine import Engine, EngineSettings, LoadedModel, acquire
+from ape_integrations.models import DEMO_MODEL_NAME
+
+#: Standard parameters of LangChain models that mean nothing for a model in the same process.
+_MEANINGLESS = frozenset({"timeout", "max_retries", "api_key", "base_url", "stream_usage"})
+
+#: What ``model.generate()`` takes besides the fields of its generation config.
+_GENERATE_ARGUMENTS = frozenset(
+    {
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "streamer",
+        "seed",
+    }
+)
+_FROM_PRETRAINED_ARGUMENTS = frozenset(
+    {
+        "dtype",
+        "torch_dtype",
+        "device_map",
+        "revision",
+        "trust_remote_code",
+        "quantization_config",
+        "attn_implementation",
+        "token",
+        "local_files_only",
+    }
+)
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+class APESettings(BaseModel):
+    """Fields of both LangChain models. Each sampling field can be given per call and bound, too."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str | None = None
+    """Hub name or directory; a loaded model (with ``tokenizer``) and an APEGenerator are taken,
+    too. None is the bundled demo model. Nothing is loaded before the first call."""
+    loaded: LoadedModel | None = Field(default=None, exclude=True, repr=False)
+    """The loaded model behind ``model``, where there is one."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature; 0 is greedy decoding, None what the model's generation config says."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens to generate at most; None leaves it to the model's generation config, then to 256."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Probability mass of nucleus sampling."""
+    stop: list[str] | None = None
+    """Strings before which the answer ends. ``stop`` of a call takes its place."""
+    seed: int | None = None
+    """Makes sampling reproducible, whatever other threads do."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for ``model.generate()``, such as ``top_k`` or ``repetition_penalty``."""
+    load_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments for ``from_pretrained``, such as ``dtype`` or ``device_map``."""
+    attention_temperature: float | None = None
+    """T of APE; None is the default of APEConfig."""
+    scaling_factor: float | None = None
+    """S of APE; None is the default of APEConfig."""
+    ape_config: APEConfig | None = Field(default=None, repr=False)
+    """All settings of APE at once, instead of the two above."""
+    store: Any = None
+    """Where KV states are kept: a KVStore, or a directory. None is the user's cache directory."""
+    cache_dir: str | None = None
+    """Another name for a directory as ``store``."""
+    capture: bool = True
+    """Whether documents that any LangChain retriever in the process returns are registered."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_arguments(cls, values: Any) -> Any:
+        """Tell loaded models from names, and refuse what would be ignored."""
+        if not isinstance(values, Mapping):
+            return values
+        values = {k: v for k, v in values.items() if k not in _MEANINGLESS}
+        tokenizer = values.pop("tokenizer", None)
+        given = values.get("model")
+        if isinstance(given, Path):
+            values["model"] = str(given)
+        elif isinstance(given, APEGenerator):
+            values["loaded"] = LoadedModel(generator=given)
+        elif given is not None and not isinstance(given, str):
+            if tokenizer is None:
+                raise ConfigError("A loaded model needs its tokenizer: pass tokenizer=...")
+            values["loaded"] = LoadedModel(model=given, tokenizer=tokenizer)
+            tokenizer = None
+        if values.get("loaded") is not None and not isinstance(values.get("model"), str):
+            config = values["loaded"].parts[0].config
+            values["model"] = str(getattr(config, "_name_or_path", "") or config.model_type)
+        if tokenizer is not None:
+            raise ConfigError("tokenizer goes with a loaded model: pass both objects, or a name.")
+        _refuse_unknown(values, cls)
+        if isinstance(values.get("store"), Path):
+            values["store"] = str(values["store"])
+        if isinstance(values.get("cache_dir"), Path):
+            values["cache_dir"] = str(values["cache_dir"])
+        if isinstance(values.get("stop"), str):
+            values["stop"] = [values["stop"]]
+        return values
+
+    @model_validator(mode="after")
+    def _find_engine(self) -> APESettings:
+        if self.store is not None and self.cache_dir is not None:
+            raise ConfigError("store and cache_dir are two names for one thing: pass one of them.")
+        misplaced = sorted(_FROM_PRETRAINED_ARGUMENTS & set(self.model_kwargs))
+        if misplaced:
+            raise ConfigError(
+                f"{', '.join(misplaced)} in model_kwargs: model_kwargs are for generation, "
+                "load_kwargs for loading the model."
+            )
+        assert self._engine is not None  # held from now on, so that retrievals reach it
+        return self
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return acquire(self._engine_settings())
+
+    def _engine_settings(self) -> EngineSettings:
+        generator = self.loaded.generator if self.loaded is not None else None
+        if generator is not None:
+            adapted = (self.attention_temperature, self.scaling_factor, self.ape_config)
+            if any(value is not None for value in (*adapted, self.store, self.cache_dir)):
+                raise ConfigError(
+                    "An APEGenerator has its own store and APE settings: give them to it, not "
+                    "to the LangChain model."
+                )
+        return EngineSettings(
+            model=self.model,
+            loaded=self.loaded,
+            store=self.store if self.cache_dir is None else self.cache_dir,
+            config=generator.config if generator is not None else self._ape_config(),
+            load_kwargs=self.load_kwargs,
+            capture=self.capture,
+        )
+
+    def _ape_config(self) -> APEConfig:
+        adapted = {
+            name: value
+            for name in ("attention_temperature", "scaling_factor")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.ape_config is None:
+            return APEConfig(**adapted)
+        if adapted:
+            raise ConfigError(f"ape_config and {', '.join(adapted)} say the same thing: pass one.")
+        return self.ape_config
+
+    @property
+    def generator(self) -> APEGenerator:
+        """The generator that answers; the first use loads the model."""
+        return self._engine.generator
+
+    @property
+    def name_of_model(self) -> str:
+        """Name for responses and traces."""
+        return self.model or DEMO_MODEL_NAME
+
+    def _engine_for(self, model: str | None) -> tuple[Engine, str]:
+        """Return the engine of a call, which may name another model, and that model's name."""
+        if model is None or model == self.model:
+            return self._engine, self.name_of_model
+        settings = self._engine_settings()
+        other = EngineSettings(
+            model=str(model),
+            store=settings.store,
+            config=settings.config,
+            load_kwargs=settings.load_kwargs,
+            capture=settings.capture,
+        )
+        return acquire(other), str(model)
+
+    def _answer_params(self) -> dict[str, Any]:
+        """Everything that changes an answer, for caches that key on it."""
+        settings = self._engine.settings
+        params: dict[str, Any] = {
+            "model": self.name_of_model,
+            "load_kwargs": self.load_kwargs,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "top_p": self.top_p,
+            "default_stop": self.stop,
+            "seed": self.seed,
+            "model_kwargs": self.model_kwargs,
+            "ape": settings.config,
+            "capture": self.capture,
+        }
+        if self.loaded is not None:
+            model, tokenizer = self.loaded.parts
+            params["fingerprint"] = ModelFingerprint(model).digest()
+            params["chat_template"] = tokenizer.chat_template
+        return params
+
+    def _generation_kwargs(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turn fields, and a call's arguments, which go first, into those of the generator.
+
+        Raises
+        ------
+        ConfigError
+            An argument that nothing would heed.
+        """
+        call = {**self.model_kwargs, **(kwargs.pop("model_kwargs", None) or {}), **kwargs}
+        for name in ("temperature", "top_p", "seed"):
+            if call.get(name) is None:
+                call[name] = getattr(self, name)
+        max_tokens = call.pop("max_tokens", None)
+        if "max_new_tokens" not in call:
+            call["max_new_tokens"] = max_tokens or self.max_tokens
+        call["stop"] = stop if stop is not None else self.stop
+        call.pop("stream", None)
+        known = set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS | {"stop"}
+        _refuse_unknown(call, known)
+        return _sampling({name: value for name, value in call.items() if value is not None})
+
+
+def _sampling(call: dict[str, Any]) -> dict[str, Any]:
+    """Say whether to sample: what the user gave decides, not the model's generation config."""
+    temperature = call.get("temperature")
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature must not be negative, as {temperature} is.")
+    if temperature == 0:
+        # None switches each of them off; what is left out would come from the generation config.
+        return {**call, "do_sample": False, **dict.fromkeys(_SAMPLING)}
+    if "do_sample" not in call and any(name in call for name in _SAMPLING):
+        call["do_sample"] = True
+    return call
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: set[str] | type[BaseModel]) -> None:
+    names = known if isinstance(known, set) else {*known.model_fields, *_aliases(known)}
+    for name in values:
+        if name not in names and not name.startswith("_"):  # cached properties of a copied model
+            close = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"Unknown argument {name!r}: it would change nothing.{hint}")
+
+
+def _aliases(model: type[BaseModel]) -> set[str]:
+    return {field.alias for field in model.model_fields.values() if field.alias}
+
+
+def usage(result: GenerationResult) -> UsageMetadata:
+    """Return token usage under LangChain's names."""
+    return UsageMetadata(
+        input_tokens=result.usage["prompt_tokens"],
+        output_tokens=result.usage["completion_tokens"],
+        total_tokens=result.usage["total_tokens"],
+    )
+
+
+def metadata(result: GenerationResult, model_name: str) -> dict[str, Any]:
+    """Return a response's metadata; ``ape`` says what the cache did."""
+    return {
+        "model_name": model_name,
+        "finish_reason": result.finish_reason,
+        "ape": result.report(),
+    }

@@ -1,0 +1,93 @@
+"""Answers of a given shape: asking for them and reading them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.exceptions import OutputParserException
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.output_parsers import BaseOutputParser
+from langchain_core.outputs import ChatGeneration, Generation
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
+
+Schema = dict[str, Any] | type
+
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def schema_tool(schema: Schema) -> dict[str, Any]:
+    """Return a schema as the tool that a model calls to answer in its shape."""
+    tool: dict[str, Any] = convert_to_openai_tool(schema)
+    return tool
+
+
+def with_instruction(messages: Sequence[BaseMessage], tool: Mapping[str, Any]) -> list[BaseMessage]:
+    """Ask for JSON at the very end, so that the prefix of the prompt stays what it is."""
+    parameters = json.dumps(tool["function"]["parameters"], ensure_ascii=False)
+    instruction = f"Answer with one JSON object that follows this JSON schema:\n{parameters}"
+    last = messages[-1]
+    if isinstance(last, HumanMessage) and isinstance(last.content, str):
+        asked = last.model_copy(update={"content": f"{last.content}\n\n{instruction}"})
+        return [*messages[:-1], asked]
+    return [*messages, HumanMessage(instruction)]
+
+
+class StructuredParser(BaseOutputParser[Any]):
+    """Reads an answer of a given shape from a tool call, or from JSON in the text.
+
+    Parameters
+    ----------
+    target : type or dict
+        A pydantic class, which the answer becomes an instance of; anything else gives a dict.
+    """
+
+    target: Any
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        """Return the answer of a message.
+
+        Raises
+        ------
+        OutputParserException
+            No JSON object, or one of another shape.
+        """
+        generation = result[0]
+        message = generation.message if isinstance(generation, ChatGeneration) else None
+        if isinstance(message, AIMessage) and message.tool_calls:
+            return self._validated(message.tool_calls[0]["args"], generation.text)
+        return self.parse(generation.text)
+
+    def parse(self, text: str) -> Any:
+        """Return the first JSON object in a text."""
+        position = text.find("{")
+        while position >= 0:
+            try:
+                value, _ = _DECODER.raw_decode(text, position)
+            except json.JSONDecodeError:
+                position = text.find("{", position + 1)
+                continue
+            return self._validated(value, text)
+        raise OutputParserException("The answer holds no JSON object.", llm_output=text)
+
+    def _validated(self, value: dict[str, Any], text: str) -> Any:
+        if not (isinstance(self.target, type) and is_basemodel_subclass(self.target)):
+            return value
+        return _instance(self.target, value, text)
+
+    @property
+    def _type(self) -> str:
+        return "ape-structured"
+
+
+def _instance(target: TypeBaseModel, value: dict[str, Any], text: str) -> Any:
+    try:
+        if hasattr(target, "model_validate"):
+            return target.model_validate(value)
+        return target.parse_obj(value)
+    except ValueError as error:
+        raise OutputParserException(
+            f"The answer does not have the shape of {target.__name__}: {error}", llm_output=text
+        ) from error

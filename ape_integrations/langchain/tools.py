@@ -1,0 +1,204 @@
+"""Tool calls in generated text: how a template's model writes them, and reading them again."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.messages import InvalidToolCall, ToolCall
+from langchain_core.messages.tool import invalid_tool_call, tool_call
+
+_DECODER = json.JSONDecoder(strict=False)
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_MISTRAL = "[TOOL_CALLS]"
+_MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
+_FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?\Z", re.DOTALL)
+_PYTHON_TAG = "<|python_tag|>"
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How the models of a template family begin a tool call.
+
+    Parameters
+    ----------
+    opening : str
+        Text before the JSON of the first call.
+    arguments : str
+        Name of the field with the arguments.
+    """
+
+    opening: str
+    arguments: str
+
+    def forced_opening(self, name: str | None) -> str:
+        """Return the text with which an answer must begin so that it is a call.
+
+        Parameters
+        ----------
+        name : str or None
+            The tool to call; None leaves the choice to the model.
+        """
+        if name is None:
+            return f'{self.opening}{{"name": "'
+        return f'{self.opening}{{"name": {json.dumps(name)}, "{self.arguments}":'
+
+
+_HERMES = ToolFormat("<tool_call>\n", "arguments")
+_MISTRAL_LIST = ToolFormat(f"{_MISTRAL}[", "arguments")
+_BARE = ToolFormat("", "parameters")
+_BARE_ARGUMENTS = ToolFormat("", "arguments")
+
+
+def tool_format(template: str) -> ToolFormat:
+    """Return how the models of a chat template write tool calls."""
+    if "<tool_call>" in template:
+        return _HERMES
+    if _MISTRAL in template:
+        return _MISTRAL_LIST
+    return _BARE if '"parameters"' in template else _BARE_ARGUMENTS
+
+
+@dataclass
+class ToolCalls:
+    """What an answer holds.
+
+    Parameters
+    ----------
+    text : str
+        The answer without its tool calls.
+    calls : list of ToolCall
+        Calls that could be read.
+    invalid : list of InvalidToolCall
+        Calls that were begun but cannot be read, for example because the answer was cut.
+    """
+
+    text: str
+    calls: list[ToolCall] = field(default_factory=list)
+    invalid: list[InvalidToolCall] = field(default_factory=list)
+
+
+def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
+    """Read the tool calls in an answer.
+
+    Known are JSON objects between ``<tool_call>`` tags, after ``[TOOL_CALLS]``, or, where an answer
+    consists of nothing else, bare.
+
+    Parameters
+    ----------
+    text : str
+        The answer, with special tokens.
+    names : sequence of str
+        The tools; bare JSON that names none of them is an answer like any other.
+    """
+    if "<tool_call>" in text:
+        found = ToolCalls(text[: text.index("<tool_call>")].rstrip())
+        for match in _TAGGED.finditer(text):
+            _read(match.group(1), found)
+        return found
+    if _MISTRAL in text:
+        before, *parts = text.split(_MISTRAL)
+        found = ToolCalls(before.rstrip())
+        for part in parts:
+            named = _MISTRAL_NAMED.match(part)
+            if named:
+                part = f'{{"name": {json.dumps(named[1])}, "arguments": {part[named.end() :]}}}'
+            _read(part, found)
+        return found
+    bare = text.replace(_PYTHON_TAG, "").strip()
+    fence = _FENCE.match(bare)
+    bare = fence[1] if fence else bare
+    if bare.startswith(("{", "[")):
+        found = ToolCalls("")
+        _read(bare, found)
+        if found.calls and all(call["name"] in names for call in found.calls):
+            return found
+    return ToolCalls(text)
+
+
+def _read(text: str, found: ToolCalls) -> None:
+    """Add the calls of one piece of JSON, or of several in a row."""
+    values = list(_json_values(text))
+    calls = [_call(value) for value in values]
+    good = [call for call in calls if call is not None]
+    found.calls += good
+    if not values or len(good) < len(calls):
+        problem = "This is no JSON object with a name and arguments."
+        found.invalid.append(invalid_tool_call(name=None, args=text, id=_new_id(), error=problem))
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Yield JSON values that follow each other, split up where they are lists."""
+    position = 0
+    while position < len(text):
+        try:
+            value, position = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError:
+            return
+        yield from value if isinstance(value, list) else [value]
+        following = re.compile(r"[\s;,\]]*").match(text, position)
+        position = following.end() if following else len(text)
+
+
+def _call(value: Any) -> ToolCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            return None
+    if not isinstance(arguments, dict):
+        return None
+    return tool_call(name=value["name"], args=arguments, id=_new_id())
+
+
+def _new_id() -> str:
+    # Nine letters and digits: some templates accept no other identifiers.
+    return uuid.uuid4().hex[:9]
+
+
+class ToolCallFilter:
+    """Lets the text of a streamed answer through up to where a tool call begins.
+
+    Parameters
+    ----------
+    form : ToolFormat
+        How the model begins a call.
+    """
+
+    def __init__(self, form: ToolFormat) -> None:
+        # Pieces of text come without special tokens, so a call may show by its JSON alone.
+        self._markers = [m for m in (form.opening.strip(), '{"name"', '[{"name"') if m]
+        self._held = ""
+        self._shown = False
+
+    def push(self, piece: str) -> str:
+        """Return the text that is certainly not part of a call."""
+        self._held += piece
+        if not self._shown and _may_be_call(self._held.lstrip()):
+            return ""
+        cut = self._cut()
+        shown, self._held = self._held[:cut], self._held[cut:]
+        self._shown = self._shown or bool(shown)
+        return shown
+
+    def _cut(self) -> int:
+        """Return where a call begins, or may begin once more text is there."""
+        found = [at for marker in self._markers if (at := self._held.find(marker)) >= 0]
+        if found:
+            return min(found)
+        for at in range(max(0, len(self._held) - max(map(len, self._markers))), len(self._held)):
+            if any(marker.startswith(self._held[at:]) for marker in self._markers):
+                return at
+        return len(self._held)
+
+
+def _may_be_call(answer: str) -> bool:
+    """Whether an answer that begins like this may consist of calls alone."""
+    return answer.startswith(("{", "[", "```")) or "```".startswith(answer)
