@@ -157,10 +157,9 @@ def ape_attention_forward(
 def _fallback_forward(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the attention function that ``module`` would use under implementation ``name``."""
     # transformers keeps each family's eager function in the family's own modeling file.
-    family = sys.modules[type(module).__module__]
-    forward: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        name, getattr(family, "eager_attention_forward", None)
-    )
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
+    forward = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return forward
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class APECacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -255,7 +258,7 @@ class APECache(Cache):
         scale: float = 1.0,
         tail_capacity: int | None = None,
     ) -> None:
-        layers = [
+        layers: list[Any] = [
             APECacheLayer(
                 layout,
                 states,
@@ -271,5 +274,5 @@ class APECache(Cache):
 
     def tail(self, layer_idx: int, item: int, length: int) -> tuple[Tensor, Tensor]:
         """Return the first ``length`` tail tokens of one batch item, as token-major views."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return layer.keys[item, :length], layer.values[item, :length]

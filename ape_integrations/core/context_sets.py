@@ -63,6 +63,7 @@ class ContextSetPool:
         self._max_idle_bytes = max_idle_bytes
         self._lock = threading.Lock()
         self._sets: OrderedDict[tuple[str, ...], ContextSet] = OrderedDict()
+        self._spare: list[Tensor] = []
         self._pinned = any(device.type == "cuda" for device in info.devices)
 
     @contextmanager
@@ -159,22 +160,35 @@ class ContextSetPool:
         return ContextSet(memory, list(zip(views[::2], views[1::2], strict=True)))
 
     def _reusable(self, nbytes: int) -> Tensor | None:
-        """Take the memory of the oldest idle set that is large enough, but not far too large."""
-        if self._idle_bytes() + nbytes <= self._max_idle_bytes:
-            return None
-        for name, kept in self._sets.items():
-            if kept.users == 0 and nbytes <= kept.memory.nbytes <= 2 * nbytes:
-                return self._sets.pop(name).memory
+        """Take memory that is large enough but not far too large, from spare or idle sets."""
+
+        def fits(memory: Tensor) -> bool:
+            return nbytes <= memory.nbytes <= 2 * nbytes
+
+        for index, memory in enumerate(self._spare):
+            if fits(memory):
+                return self._spare.pop(index)
+        if self._idle_bytes() + nbytes > self._max_idle_bytes:
+            for name, kept in self._sets.items():
+                if kept.users == 0 and fits(kept.memory):
+                    return self._sets.pop(name).memory
         return None
 
     def _idle_bytes(self) -> int:
         return sum(kept.memory.nbytes for kept in self._sets.values() if kept.users == 0)
 
-    def clear(self) -> None:
-        """Give back the memory of all sets that nobody uses."""
+    def clear(self, *, keep_memory: bool = False) -> None:
+        """Forget all sets that nobody uses; keep their memory for the next sets, or give it back.
+
+        Parameters
+        ----------
+        keep_memory : bool
+            Keep the buffers.
+        """
         with self._lock:
-            for name in [name for name, kept in self._sets.items() if kept.users == 0]:
-                del self._sets[name]
+            idle = [name for name, kept in self._sets.items() if kept.users == 0]
+            memories = [self._sets.pop(name).memory for name in idle]
+            self._spare = memories if keep_memory else []
 
 
 def _aligned(nbytes: int) -> int:

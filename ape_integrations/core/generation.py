@@ -188,7 +188,8 @@ class SeededSampler(LogitsProcessor):
         """Return scores in which one token per row is possible."""
         if self._generator is None:
             self._generator = torch.Generator(scores.device).manual_seed(self._seed)
-        probabilities = self._warpers(input_ids, scores).softmax(dim=-1)
+        warped: Any = self._warpers(input_ids, scores)  # type: ignore[arg-type]
+        probabilities = warped.softmax(dim=-1)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 

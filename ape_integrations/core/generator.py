@@ -262,8 +262,24 @@ class APEGenerator:
     # States -------------------------------------------------------------------------------------
 
     @contextmanager
-    def _cache(self, prompt: PreparedPrompt, figures: Figures) -> Iterator[APECache]:
-        """Yield a cache that holds prefix and contexts; their memory is lent until the exit."""
+    def assemble(
+        self, prompt: PreparedPrompt, figures: Figures | None = None
+    ) -> Iterator[APECache]:
+        """Yield a cache that holds prefix and contexts, for ``model.generate()`` or ``forward()``.
+
+        Parameters
+        ----------
+        prompt : PreparedPrompt
+            From :meth:`prepare`, with at least one context.
+        figures : Figures, optional
+            Where hits, misses, bytes and seconds are added.
+
+        Yields
+        ------
+        APECache
+            Its memory is lent until the exit; do not keep it longer.
+        """
+        figures = figures or Figures()
         temperature, scale = self.config.attention_temperature, self.config.scaling_factor
         if len(prompt.contexts) == 1 and not self.config.adapt_single_context:
             temperature = scale = 1.0
@@ -337,9 +353,7 @@ class APEGenerator:
             ids = list(prefixes[0]) if prefix is None else self.prefix_ids(prefix)
             self._background.submit(self._prefetch, ids, contexts, encode)
 
-    def _prefetch(
-        self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool
-    ) -> None:
+    def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool) -> None:
         ids = self.context_ids(contexts)
         self._source.promote(prefix_ids, ids)
         if encode:
@@ -371,7 +385,7 @@ class APEGenerator:
         ContextWindowError
             The prompt does not fit the model.
         """
-        return self._run(self.prepare(prefix, contexts, query), generation_kwargs)
+        return self.generate_ids(self.prepare(prefix, contexts, query), **generation_kwargs)
 
     def stream(
         self, prefix: str, contexts: Sequence[str], query: str, **generation_kwargs: Any
@@ -395,6 +409,10 @@ class APEGenerator:
         """Split a rendered prompt at its registered contexts and generate piece by piece."""
         parts = self.split(prompt)
         return self.stream(parts.prefix, parts.contexts, parts.query, **generation_kwargs)
+
+    def generate_ids(self, prompt: PreparedPrompt, **generation_kwargs: Any) -> GenerationResult:
+        """Generate behind token ids; otherwise like :meth:`generate`."""
+        return self._run(prompt, generation_kwargs)
 
     def _stream(self, prompt: PreparedPrompt, kwargs: dict[str, Any]) -> GenerationStream:
         start = time.perf_counter()
@@ -442,7 +460,7 @@ class APEGenerator:
         input_ids = torch.tensor([logical], device=self.info.input_device)
         kwargs["attention_mask"] = torch.ones_like(input_ids)
         if prompt.contexts:
-            with self._cache(prompt, figures) as cache:
+            with self.assemble(prompt, figures) as cache:
                 sequences = self.model.generate(input_ids, past_key_values=cache, **kwargs)
         else:
             sequences = self.model.generate(input_ids, **kwargs)
@@ -535,9 +553,9 @@ class APEGenerator:
         device = self.info.input_device
         if not prompt.contexts:
             ids = torch.tensor([prompt.prefix + prompt.query], device=device)
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits[0, len(prompt.prefix) :]
-        with self._cache(prompt, Figures()) as cache:
+        with self.assemble(prompt) as cache:
             ids = torch.tensor([prompt.query], device=device)
             start = prompt.layout.query_position
             positions = torch.arange(start, start + len(prompt.query), device=device)
@@ -548,6 +566,16 @@ class APEGenerator:
                 use_cache=True,
             ).logits
         return logits[0]
+
+    def clear_assembled(self, *, keep_memory: bool = False) -> None:
+        """Forget the assembled context sets that no generation is using.
+
+        Parameters
+        ----------
+        keep_memory : bool
+            Keep their buffers for the next sets instead of giving the memory back.
+        """
+        self._sets.clear(keep_memory=keep_memory)
 
     def close(self) -> None:
         """Finish background work, write what is pending, and give memory back."""

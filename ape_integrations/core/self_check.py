@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -27,7 +29,8 @@ def self_check(model: PreTrainedModel, info: ModelInfo, encoder: ContextEncoder)
     UnsupportedModelError
         They do not.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary: int = embeddings.weight.shape[0]
     ids = [(7 * i + 3) % vocabulary for i in range(sum(_LENGTHS))]
     head, tail = _LENGTHS[0], _LENGTHS[0] + _LENGTHS[1]
     [(_, prefix_states)] = encoder.encode(encoder.empty_prefix(), [ids[:head]])

@@ -62,10 +62,10 @@ class Tokens:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of generated ids, without special tokens."""
-        text: str = self.tokenizer.decode(
+        text = self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
+        return str(text)
 
 
 class IncrementalDecoder:

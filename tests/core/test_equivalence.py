@@ -26,9 +26,7 @@ CONTEXTS = [_ids(3, 11), _ids(4, 4), _ids(5, 17), _ids(6, 17), _ids(7, 1)]
 
 
 def _generator(family: str, **config: object) -> APEGenerator:
-    return APEGenerator(
-        tiny_model(family), byte_tokenizer(), MemoryKVStore(), APEConfig(**config)
-    )
+    return APEGenerator(tiny_model(family), byte_tokenizer(), MemoryKVStore(), APEConfig(**config))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +64,12 @@ def test_greedy_tokens_equal_brute_force(family: str) -> None:
 
     result = generator._run(
         prompt,
-        {"max_new_tokens": 16, "do_sample": False, "logits_processor": [record], "eos_token_id": -1},
+        {
+            "max_new_tokens": 16,
+            "do_sample": False,
+            "logits_processor": [record],
+            "eos_token_id": -1,
+        },
     )
     assert result.token_ids == expected
     torch.testing.assert_close(torch.stack(seen).double(), rows, atol=1e-4, rtol=0)
@@ -132,7 +135,9 @@ def test_plain_and_fused_attention_agree(
     heads, kv_heads, dim = 6, 2, 8
     layout = ContextLayout(prefix, lengths)
     states = [torch.randn(n, kv_heads, dim) for n in (prefix, prefix, sum(lengths), sum(lengths))]
-    layer = APECacheLayer(layout, (states[0], states[1]), (states[2], states[3]), temperature, scale)
+    layer = APECacheLayer(
+        layout, (states[0], states[1]), (states[2], states[3]), temperature, scale
+    )
     layer.update(torch.randn(2, kv_heads, tail, dim), torch.randn(2, kv_heads, tail, dim))
     parts, _ = layer.update(torch.randn(2, kv_heads, new, dim), torch.randn(2, kv_heads, new, dim))
     query = torch.randn(2, heads, new, dim)

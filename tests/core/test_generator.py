@@ -151,9 +151,7 @@ def test_self_check_refuses_a_model_that_answers_otherwise(
 
 
 def test_two_streams_interleave(generator: APEGenerator) -> None:
-    alone = [
-        generator.generate(PREFIX, [d], QUERY, do_sample=False).text for d in DOCUMENTS[:2]
-    ]
+    alone = [generator.generate(PREFIX, [d], QUERY, do_sample=False).text for d in DOCUMENTS[:2]]
     streams = [generator.stream(PREFIX, [d], QUERY, do_sample=False) for d in DOCUMENTS[:2]]
     texts = ["", ""]
     open_streams = {0, 1}
@@ -354,9 +352,7 @@ def test_long_context_is_split_with_a_warning(model: LlamaForCausalLM) -> None:
 def test_query_that_does_not_fit_is_refused_and_costs_nothing(generator: APEGenerator) -> None:
     with pytest.raises(ContextWindowError, match="positions"):
         generator.generate(PREFIX, DOCUMENTS, "long " * 200)
-    assert not generator.store.contains(
-        generator._source.key([], generator.prefix_ids(PREFIX))
-    )
+    assert not generator.store.contains(generator._source.key([], generator.prefix_ids(PREFIX)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+"""Time to first token and decoding, APE against sequential prefill, side by side in one run."""
+
+from __future__ import annotations

@@ -1,0 +1,86 @@
+"""Tables and plots of benchmark results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ape_integrations.core.errors import MissingDependencyError
+
+
+def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print one table per workload: medians, and how many times faster than sequential."""
+    console = console or Console()
+    for result in results:
+        work = result["workload"]
+        table = Table(
+            title=(
+                f"{work['contexts']} contexts x {work['context_tokens']} tokens, "
+                f"{work['new_tokens']} new tokens, {result['kv_bytes'] / 1e6:.0f} MB of KV states"
+            )
+        )
+        table.add_column("mode", no_wrap=True)
+        for name in ("first token", "ratio", "per token", "ratio", "end to end", "ratio", "peak"):
+            table.add_column(name, justify="right")
+        for mode, row in result["modes"].items():
+            ratio = result["ratios"].get(mode, {})
+            table.add_row(
+                mode,
+                _seconds(row["first_token"]),
+                _times(ratio.get("first_token")),
+                _seconds(row["decode"]),
+                _times(ratio.get("decode")),
+                _seconds(row["total"]),
+                _times(ratio.get("total")),
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB",
+            )
+        console.print(table)
+
+
+def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot time to first token over context tokens, both axes logarithmic.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Plots need matplotlib: pip install 'ape-integrations[plot]'."
+        ) from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for mode in results[0]["modes"]:
+        points = [
+            (r["workload"]["contexts"] * r["workload"]["context_tokens"], r["modes"][mode])
+            for r in results
+            if mode in r["modes"]
+        ]
+        axes.plot([x for x, _ in points], [y["first_token"] for _, y in points], "o-", label=mode)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="context tokens",
+        ylabel="time to first token (s)",
+        title="Time to first token",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}x"
