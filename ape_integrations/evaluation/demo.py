@@ -1,0 +1,253 @@
+"""Exact match of a model on the held-out part of the synthetic world.
+
+Every case is a prompt in three parts, prefix, contexts and query, and one expected answer. What
+runs the model is a callable ``(prefix, contexts, query) -> text``, so that ordinary sequential
+encoding, plain parallel encoding and APE are scored on the very same cases::
+
+    python -m ape_integrations.evaluation.demo --samples 50
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ape_integrations.evaluation import world
+from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
+
+__all__ = [
+    "DEFAULT_GRID",
+    "Case",
+    "Generate",
+    "Score",
+    "draw_cases",
+    "evaluate",
+    "format_table",
+    "sequential_generator",
+]
+
+Generate = Callable[[str, Sequence[str], str], str]
+
+# Kind of question, numbers of documents (examples for few-shot).
+DEFAULT_GRID: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("single", (1, 4, 8, 16, 32)),
+    ("unanswerable", (1, 4, 8, 16)),
+    ("two-hop", (2, 4, 8, 16)),
+    ("follow-up", (4, 8)),
+    ("few-shot", (4, 8, 16)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with its expected answer.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of question.
+    style : str
+        Which pipeline's prompt it is.
+    prompt : world.Prompt
+        Prefix, contexts and query.
+    answer : str
+        The expected text, to be matched exactly.
+    """
+
+    kind: str
+    style: str
+    prompt: world.Prompt
+    answer: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact match over the cases of one kind and number of documents."""
+
+    kind: str
+    documents: int
+    correct: int
+    cases: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of cases answered exactly."""
+        return self.correct / self.cases
+
+
+def draw_cases(
+    tokenizer: Any,
+    kind: str,
+    documents: int,
+    count: int,
+    *,
+    seed: int = 7,
+    styles: Sequence[str] | None = None,
+) -> list[Case]:
+    """Draw held-out cases of one kind.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Renders the chat prompts.
+    kind : str
+        ``single``, ``unanswerable``, ``two-hop``, ``follow-up`` or ``few-shot``.
+    documents : int
+        Number of documents, or of labelled examples.
+    count : int
+        Number of cases.
+    seed : int
+        The same seed gives the same cases.
+    styles : sequence of str, optional
+        Prompt styles to go round; by default all that suit the kind.
+
+    Returns
+    -------
+    list of Case
+        Cases in a fixed order.
+    """
+    drawn = world.World(world.stable_hash(f"{seed}/{kind}/{documents}"), "held_out")
+    render = world.chat_renderer(tokenizer)
+    if styles is None:
+        styles = {"follow-up": world.CHAT_STYLES, "few-shot": ("few_shot",)}.get(kind, world.STYLES)
+    cases = []
+    for index in range(count):
+        style = styles[index % len(styles)]
+        if kind == "few-shot":
+            task = drawn.few_shot(documents)
+        else:
+            kinds = ["single", kind] if kind == "follow-up" else [kind]
+            task = drawn.task(documents, kinds)
+        prompt = world.build_prompt(
+            style, task.documents, task.turns, render, drawn.rng, bos=tokenizer.bos_token or ""
+        )
+        cases.append(Case(kind, style, prompt, task.turns[-1].answer))
+    return cases
+
+
+def evaluate(
+    generate: Generate,
+    tokenizer: Any,
+    *,
+    grid: Iterable[tuple[str, Sequence[int]]] = DEFAULT_GRID,
+    samples: int = 50,
+    seed: int = 7,
+    styles: Sequence[str] | None = None,
+    on_case: Callable[[Case, str], None] | None = None,
+) -> list[Score]:
+    """Score a generator on the grid of kinds and numbers of documents.
+
+    Parameters
+    ----------
+    generate : callable
+        ``(prefix, contexts, query) -> text``, greedy.
+    tokenizer : PreTrainedTokenizerBase
+        Renders the chat prompts.
+    grid : iterable of (str, sequence of int)
+        Kinds, each with its numbers of documents.
+    samples : int
+        Cases per cell.
+    seed : int
+        Seed of the cases.
+    styles : sequence of str, optional
+        See :func:`draw_cases`.
+    on_case : callable, optional
+        Called with every case and the text it got.
+
+    Returns
+    -------
+    list of Score
+        One per cell, in the order of the grid.
+    """
+    scores = []
+    for kind, counts in grid:
+        for documents in counts:
+            cases = draw_cases(tokenizer, kind, documents, samples, seed=seed, styles=styles)
+            correct = 0
+            for case in cases:
+                prompt = case.prompt
+                text = generate(prompt.prefix, prompt.contexts, prompt.query)
+                correct += text.strip() == case.answer
+                if on_case is not None:
+                    on_case(case, text)
+            scores.append(Score(kind, documents, correct, len(cases)))
+    return scores
+
+
+def sequential_generator(model: Any, tokenizer: Any, *, max_new_tokens: int = 48) -> Generate:
+    """Return a generator that sends the whole prompt through ``model.generate``, greedily.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer; the prompts carry their special tokens already.
+    max_new_tokens : int
+        Upper limit of an answer, in tokens.
+    """
+    import torch
+
+    def generate(prefix: str, contexts: Sequence[str], query: str) -> str:
+        text = prefix + world.SEPARATOR.join(contexts) + query
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    return generate
+
+
+def format_table(scores: Sequence[Score], title: str = "sequential") -> str:
+    """Return the scores as a Markdown table, one row per cell."""
+    rows = [f"| task | documents | {title} |", "|---|---:|---:|"]
+    rows += [
+        f"| {score.kind} | {score.documents} | {100 * score.accuracy:.1f} % |" for score in scores
+    ]
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score a model, the bundled one by default, with ordinary sequential prompts."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("--model", help=f"folder or name of a model (default: {DEMO_MODEL_NAME})")
+    parser.add_argument("--samples", type=int, default=50, help="cases per row")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--kinds", nargs="*", help="only these kinds of question")
+    parser.add_argument("--styles", nargs="*", help="only these prompt styles")
+    parser.add_argument("--show", type=int, default=0, help="print this many wrong answers")
+    args = parser.parse_args(argv)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = args.model or demo_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    left = args.show
+
+    def show(case: Case, text: str) -> None:
+        nonlocal left
+        if left and text.strip() != case.answer:
+            left -= 1
+            print(f"[{case.kind}, {case.style}, {len(case.prompt.contexts)} documents]")
+            print(f"  query:    {case.prompt.query.strip()[-120:]!r}")
+            print(f"  expected: {case.answer!r}\n  got:      {text!r}")
+
+    grid = [cell for cell in DEFAULT_GRID if not args.kinds or cell[0] in args.kinds]
+    scores = evaluate(
+        sequential_generator(model, tokenizer),
+        tokenizer,
+        grid=grid,
+        samples=args.samples,
+        seed=args.seed,
+        styles=args.styles,
+        on_case=show,
+    )
+    print(format_table(scores))
+
+
+if __name__ == "__main__":
+    main()
