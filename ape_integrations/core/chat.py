@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ape_integrations.core.errors import ConfigError
+from ape_integrations.core.guard import guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +85,8 @@ def render_chat(
         For no messages, an unknown role, content other than text, tools that the template cannot
         show, or a template that refuses the messages in every form.
     """
-    chat = [_checked(message) for message in messages]
+    specials = tuple(map(str, tokenizer.all_special_tokens))
+    chat = [_guard(_checked(message), specials) for message in messages]
     if not chat:
         raise ConfigError(
             "There are no messages to render: pass at least one, such as a user message."
@@ -291,14 +295,17 @@ def _abilities(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) 
     template = _template(tokenizer, tools)
     specials = tuple(sorted((name, str(t)) for name, t in tokenizer.special_tokens_map.items()))
     key = hashlib.sha256(repr((template, specials)).encode()).hexdigest()
-    if key not in _known_abilities:
-        _known_abilities[key] = _probe(functools.partial(_render, tokenizer))
-        while len(_known_abilities) > 64:
-            _known_abilities.pop(next(iter(_known_abilities)))
-    return _known_abilities[key]
+    with _abilities_lock:
+        if key not in _known_abilities:
+            if len(_known_abilities) >= _MAX_KNOWN:
+                _known_abilities.clear()
+            _known_abilities[key] = _probe(functools.partial(_render, tokenizer))
+        return _known_abilities[key]
 
 
+_MAX_KNOWN = 64
 _known_abilities: dict[str, _Abilities] = {}
+_abilities_lock = threading.Lock()
 
 
 def _probe(render: Callable[..., str]) -> _Abilities:
@@ -336,7 +343,32 @@ def _checked(message: Mapping[str, Any]) -> Message:
         raise ConfigError(
             f"Unknown message role {message.get('role')!r}: use system, user, assistant or tool."
         )
-    return {**message, "role": role, "content": _text(message.get("content"))}
+    checked = {**message, "role": role, "content": _text(message.get("content"))}
+    if checked.get("tool_calls"):
+        checked["tool_calls"] = [_checked_call(call) for call in checked["tool_calls"]]
+    return checked
+
+
+def _checked_call(call: Mapping[str, Any]) -> Message:
+    """Bring a tool call to the form that templates read, with its arguments as a mapping."""
+    function = dict(call.get("function") or {"name": call.get("name")})
+    arguments = function.get("arguments", call.get("args", {}))
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # what is no JSON stays a string
+            arguments = json.loads(arguments)
+    function["arguments"] = arguments
+    return {"id": call.get("id") or "", "type": "function", "function": function}
+
+
+def _guard(value: Any, specials: tuple[str, ...]) -> Any:
+    """Guard every string of a message, so that templates write no special token but their own."""
+    if isinstance(value, str):
+        return guarded(value, specials)
+    if isinstance(value, Mapping):
+        return {key: _guard(item, specials) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_guard(item, specials) for item in value]
+    return value
 
 
 def _text(content: Any) -> str:
@@ -381,11 +413,8 @@ def _without_tools(message: Message) -> Message:
         return message
     lines = [message["content"]] if message["content"] else []
     for call in message["tool_calls"]:
-        function = call.get("function", call)
-        arguments = function.get("arguments", {})
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        lines.append(f"Call of the tool {function.get('name')} with {arguments}")
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        lines.append(f"Call of the tool {call['function']['name']} with {arguments}")
     return {"role": message["role"], "content": "\n".join(lines)}
 
 
@@ -440,7 +469,7 @@ def _with_short_ids(message: Message) -> Message:
         changed["tool_call_id"] = _short_id(message["tool_call_id"])
     if message.get("tool_calls"):
         changed["tool_calls"] = [
-            {**call, "id": _short_id(call.get("id", ""))} for call in message["tool_calls"]
+            {**call, "id": _short_id(call["id"])} for call in message["tool_calls"]
         ]
     return changed
 

@@ -100,13 +100,16 @@ class ChatMarkup:
         """
         position = min(position, len(text))
         start = text.rfind("\n", 0, position) + 1
-        for match in self._token.finditer(text):
+        for match in self._token.finditer(text, start):
             if match.end() > position:
                 break
-            start = max(start, match.end())
-        for turn in self.turns(text):
-            if turn.start < start < turn.end:
-                return turn.start
+            start = match.end()
+        window = max(0, text.rfind("\n", 0, max(0, start - 2)) + 1)
+        for match in self._header.finditer(text, window):
+            if match.start() >= start:
+                break
+            if start < match.end():
+                return match.start()
         return start
 
 

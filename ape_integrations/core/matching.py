@@ -22,6 +22,7 @@ _TEXT_END = re.compile(
     rf"|[\"'`]{{1,3}}[ \t]*(?:\Z|[\]}}).,:;\r\n]|{_TAG}|\\[nr]))"
 )
 _LABEL_AFTER = re.compile(r"[ \t]+[A-Z][\w ]{0,24}:")
+_LONGEST_WORD = 32  # characters; longer text without a space is a sentence of a script without
 _LONG_TEXT = 40  # characters from which a text may be followed by a label on its own line
 
 
@@ -47,11 +48,11 @@ def find_contexts(
     """
     if not len(registry):
         return []
-    queries = registry.queries()
+    queries = registry.queries(prompt)
     joined = "\0".join(queries)
 
     def accept(start: int, end: int) -> bool:
-        word = not any(map(str.isspace, prompt[start:end]))
+        word = end - start <= _LONGEST_WORD and not any(map(str.isspace, prompt[start:end]))
         return (
             _begins(prompt, start, word, markup)
             and _ends(prompt, start, end, word, markup)

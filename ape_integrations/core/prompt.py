@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ape_integrations.core.guard import GUARD, unguarded
 from ape_integrations.core.labels import Gap, Labels, has_words
 from ape_integrations.core.markup import ChatMarkup
 from ape_integrations.core.matching import find_contexts
@@ -81,14 +83,15 @@ class PromptSplitter:
         Parameters
         ----------
         prompt : str
-            Rendered text, special tokens included.
+            Rendered text, special tokens included. Guards (see `ape_integrations.core.guard`) stay
+            in prefix and query.
 
         Returns
         -------
         PromptParts
             Without a registered text in the prompt: no contexts, and the prompt as the query.
         """
-        spans = find_contexts(prompt, self._registry, self._markup)
+        spans = self._find(prompt)
         if not spans:
             return PromptParts("", (), prompt)
         gaps = self._labels.divide([prompt[end:start] for (_, end), (start, _) in pairwise(spans)])
@@ -98,6 +101,18 @@ class PromptSplitter:
             spans, gaps = spans[: kept + 1], gaps[:kept]
         return self._assemble(prompt, spans, gaps)
 
+    def _find(self, prompt: str) -> list[tuple[int, int]]:
+        """Find contexts; a guard inside one does not hide it."""
+        if GUARD not in prompt:
+            return find_contexts(prompt, self._registry, self._markup)
+        spans = find_contexts(unguarded(prompt), self._registry, self._markup)
+        found = (match.start() for match in re.finditer(GUARD, prompt))
+        guards = [position - number for number, position in enumerate(found)]
+        return [
+            (start + bisect_right(guards, start), end + bisect_left(guards, end))
+            for start, end in spans
+        ]
+
     def _assemble(self, prompt: str, spans: list[tuple[int, int]], gaps: list[Gap]) -> PromptParts:
         first, last = spans[0][0], spans[-1][1]
         first_label = self._labels.first_label(prompt[:first], gaps)
@@ -105,7 +120,7 @@ class PromptSplitter:
         labels = [first_label, *(len(gap.label) for gap in gaps)]
         trailers = [*(len(gap.trailer) for gap in gaps), last_trailer]
         contexts = (
-            prompt[start - label : end + trailer]
+            unguarded(prompt[start - label : end + trailer])
             for (start, end), label, trailer in zip(spans, labels, trailers, strict=True)
         )
         head, tail = prompt[: first - first_label], prompt[last + last_trailer :]
@@ -117,7 +132,7 @@ class PromptSplitter:
         """Divide the text before the contexts into the prefix and what moves into the query."""
         if not self._reorder:
             return head, ""
-        cut = self._prefixes.cut(head, tail, self._registry.queries())
+        cut = self._prefixes.cut(head, tail, self._registry.queries(head))
         if not has_words(head[cut:]):
             return head, ""
         # "Question: ...\nContext: ": the line that leads to the contexts stays with them.

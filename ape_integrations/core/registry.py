@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import threading
@@ -133,6 +134,7 @@ def _literal(text: str) -> str:
 _ESCAPE = re.compile(r"\\[nrtu\"'\\]")
 _FORMS = (
     _Form("mustache", re.compile(r"&(?:amp|quot|lt|gt);"), _mustache),
+    _Form("html", re.compile(r"&(?:amp|quot|lt|gt|#x27);"), html.escape),
     _Form("json", _ESCAPE, lambda text: json.dumps(text, ensure_ascii=False)[1:-1]),
     _Form("ascii json", _ESCAPE, lambda text: json.dumps(text)[1:-1]),
     _Form("python list", _ESCAPE, _literal),
@@ -200,10 +202,13 @@ class ContextRegistry:
                 while len(self._queries) > self._max_queries:
                     self._queries.popitem(last=False)
 
-    def queries(self) -> tuple[str, ...]:
-        """Recent query strings, the latest last."""
+    def queries(self, prompt: str = "") -> tuple[str, ...]:
+        """Recent query strings, the latest last; also as a prompt's template may rewrite them."""
         with self._lock:
-            return tuple(self._queries)
+            queries = tuple(self._queries)
+        forms = [form for form in _FORMS if form.marker.search(prompt)]
+        written = (form.rewrite(query) for form in forms for query in queries)
+        return tuple(dict.fromkeys([*queries, *written]))
 
     def find(
         self, prompt: str, positions: Iterable[int], accept: Callable[[int, int], bool]

@@ -154,12 +154,17 @@ def _find_query(head: str, query: str, before: int) -> int:
     while 0 <= position < before:
         end = position + len(query)
         left, right = head[max(0, position - 1) : position], head[end : end + 1]
-        if not (left.isalnum() or right.isalnum()) and (
+        if not (_joins_word(left) or _joins_word(right)) and (
             len(query) >= _SHORT_QUERY or _stands_alone(head, position, end)
         ):
             return position
         position = head.find(query, position + 1, min(len(head), before + len(query)))
     return -1
+
+
+def _joins_word(char: str) -> bool:
+    # Scripts written without spaces (from the CJK blocks on) have words side by side.
+    return char.isalnum() and char < "\u2e80"
 
 
 def _stands_alone(head: str, start: int, end: int) -> bool:
