@@ -63,9 +63,7 @@ def _normalizer() -> normalizers.Normalizer:
             *(normalizers.Replace(mark, escape) for mark, escape in _ESCAPES),
             normalizers.Replace(Regex(rf"(?<=[^\n ]) {_START_OF_WORD}"), WORD_MARK),
             normalizers.Replace(Regex(rf"(?<![^\n]){_START_OF_WORD}"), WORD_MARK),
-            normalizers.Replace(
-                Regex(rf"(?<!{WORD_MARK}){_START_OF_WORD}"), JOINER + WORD_MARK
-            ),
+            normalizers.Replace(Regex(rf"(?<!{WORD_MARK}){_START_OF_WORD}"), JOINER + WORD_MARK),
         ]
     )
 

@@ -160,14 +160,14 @@ class Builder:
 
 
 def draw_copy(builder: Builder, split: str) -> Sample:
-    """A random sequence of words, twice."""
+    """Repeat a random sequence of words."""
     words = builder.rng.choices(builder.words, k=builder.rng.randint(8, 24))
     ids = builder.encode(" ".join(words))
     return Sample([*builder.encode(BOS), *ids, *ids], [False] * (len(ids) + 1) + [True] * len(ids))
 
 
-def records(fillers: int, count: int = 6, questions: int = 4) -> Callable[[Builder, str], Sample]:
-    """Lists of "First Last [filler ...] value." records with up to `fillers` filler words."""
+def records(fillers: int, count: int = 6, questions: int = 6) -> Callable[[Builder, str], Sample]:
+    """List "First Last [filler ...] value." records with up to `fillers` filler words."""
 
     def draw(builder: Builder, split: str) -> Sample:
         rng = builder.rng
@@ -190,7 +190,7 @@ def records(fillers: int, count: int = 6, questions: int = 4) -> Callable[[Build
 def sentences(
     count: tuple[int, int], facts: tuple[int, int], questions: int, people_only: bool
 ) -> Callable[[Builder, str], Sample]:
-    """Plain documents of a few facts each, several single-fact questions."""
+    """Ask several single-fact questions about plain documents of a few facts each."""
 
     def draw(builder: Builder, split: str) -> Sample:
         rng = builder.rng
@@ -200,7 +200,9 @@ def sentences(
         if facts[1] == 1 and rng.random() < 0.6:
             kinds = [rng.choice(kinds)]
             relations = [rng.choice(w.RELATIONS_OF[kinds[0]])]
-        documents = world.documents(rng.randint(*count), facts=facts, kinds=kinds, relations=relations)
+        documents = world.documents(
+            rng.randint(*count), facts=facts, kinds=kinds, relations=relations
+        )
         turns = [world.single(documents) for _ in range(questions)]
         task = w.Task([document.text for document in documents], turns)
         prompt = w.build_prompt("short_system", task.documents, task.turns, builder.render)
@@ -212,13 +214,14 @@ def sentences(
 def dialogue(
     count: tuple[int, int], questions: tuple[int, int], styles: Sequence[str] = w.CHAT_STYLES
 ) -> Callable[[Builder, str], Sample]:
-    """Chats of several questions of all kinds over one set of documents."""
+    """Ask questions of all kinds, in one chat, about one set of documents."""
 
     def draw(builder: Builder, split: str) -> Sample:
         rng = builder.rng
         world = w.World(rng.getrandbits(32), split)
-        return builder.task(_dialogue(world, rng.randint(*count), rng.randint(*questions)),
-                            rng.choice(list(styles)))
+        return builder.task(
+            _dialogue(world, rng.randint(*count), rng.randint(*questions)), rng.choice(list(styles))
+        )
 
     return draw
 
@@ -248,7 +251,7 @@ def _dialogue(world: w.World, count: int, questions: int) -> w.Task:
 
 
 def single_turn(count: tuple[int, int]) -> Callable[[Builder, str], Sample]:
-    """One question in a prompt that has no history."""
+    """Ask one question in a prompt that has no history."""
 
     def draw(builder: Builder, split: str) -> Sample:
         rng = builder.rng
@@ -259,7 +262,7 @@ def single_turn(count: tuple[int, int]) -> Callable[[Builder, str], Sample]:
 
 
 def draw_few_shot(builder: Builder, split: str) -> Sample:
-    """Labelled words and one without label."""
+    """Show labelled words and one without label."""
     world = w.World(builder.rng.getrandbits(32), split)
     return builder.task(world.few_shot(builder.rng.randint(4, 16)), "few_shot")
 
@@ -378,8 +381,11 @@ def train_step(
 
 @torch.no_grad()
 def answer_accuracy(
-    model: LlamaForCausalLM, stage: Stage, tokenizer: PreTrainedTokenizerFast,
-    device: torch.device, samples: int = 48,
+    model: LlamaForCausalLM,
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    samples: int = 48,
 ) -> float:
     """Share of held-out answers of which every token is the most likely one."""
     builder = Builder(tokenizer, seed=12345)
@@ -447,6 +453,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
 class Trainer:
     """Runs the curriculum, with checkpoints."""
 
+    COUNTERS = ("stage", "step", "step_in_stage", "tokens", "seconds")
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(args.seed)
@@ -458,9 +466,12 @@ class Trainer:
         decay = [p for p in self.model.parameters() if p.dim() > 1]
         rest = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": args.weight_decay},
-             {"params": rest, "weight_decay": 0.0}],
-            lr=1e-3, betas=(0.9, 0.98),
+            [
+                {"params": decay, "weight_decay": args.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=1e-3,
+            betas=(0.9, 0.98),
         )
         self.stage = 0
         self.step = 0
@@ -476,8 +487,8 @@ class Trainer:
         if weights_only:
             return
         self.optimizer.load_state_dict(state["optimizer"])
-        for key in ("stage", "step", "step_in_stage", "tokens", "seconds"):
-            setattr(self, key, state[key])
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
 
     def save(self) -> None:
         """Write the checkpoint, replacing the one before in one step."""
@@ -485,7 +496,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            **{k: getattr(self, k) for k in ("stage", "step", "step_in_stage", "tokens", "seconds")},
+            **{name: getattr(self, name) for name in self.COUNTERS},
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -502,7 +513,7 @@ class Trainer:
     def run(self) -> None:
         """Train until the last stage is over, the time is up, or the stop stage is reached."""
         builder = Builder(self.tokenizer, seed=self.args.seed * 1_000_003 + self.step)
-        started, saved, shown = time.monotonic(), time.monotonic(), time.monotonic()
+        started = saved = time.monotonic()
         before = self.seconds
         losses: list[float] = []
         while self.stage < len(STAGES):
@@ -526,7 +537,6 @@ class Trainer:
                 accuracy = answer_accuracy(self.model, stage, self.tokenizer, self.device)
                 self.report(stage, losses, accuracy)
                 losses = []
-                shown = now
                 done = accuracy >= stage.target or self.step_in_stage >= stage.steps
                 if done:
                     self.stage += 1

@@ -17,109 +17,117 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+
+def _split(words: str) -> list[str]:
+    return words.split()
+
+
 SEPARATOR = "\n\n"
 REFUSAL = "the context does not say."
 HELD_OUT_SHARE = 8  # one name combination in eight is never trained on
 
-FIRST_NAMES = (
+FIRST_NAMES = _split(
     "Ada Abel Agnes Aldo Alma Amir Anika Anton Arlo Astrid Bela Berta Bo Boris Bruno Carla Cato "
-    "Celia Clara Cyril Dario Delia Dina Dora Edgar Edith Elias Ella Elmo Emil Enzo Erik Esme Eva "
-    "Fabian Felix Fiona Flora Frida Gaston Gerda Gilda Greta Gustav Hanna Hector Heidi Helga Hugo "
-    "Ida Igor Ilse Ines Irma Ivan Ivo Jana Jarek Jonas Judith Julius Karim Karla Kasper Klara Knut "
-    "Lars Laura Leif Lena Leo Linus Livia Lorenz Lotte Luca Magda Malik Marek Marta Matilda Maya "
-    "Milan Mina Mira Moritz Nadia Nils Nina Noah Nora Olaf Olga Oskar Otto Paula Pavel Petra Quentin "
-    "Rafael Ravi Rita Rolf Rosa Ruben Runa Samir Selma Silas Sonja Stefan Tamar Tessa Theo Tilda "
-    "Tomas Ulla Uma Vera Viktor Wanda Yara Yusuf Zora"
-).split()
-LAST_NAMES = (
-    "Abend Adler Albers Amsel Arndt Bacher Barlow Becker Bellini Berg Birk Blom Bodin Brandt Brecht "
-    "Brook Calder Carver Castell Conti Corbin Dahl Daley Darrow Dietz Dorn Draper Duarte Ebner "
-    "Eklund Ellis Engel Esser Fabri Falk Farrow Fenn Ferro Finch Fisk Fontana Frost Gallo Garner "
-    "Geller Gerber Glover Grieg Haas Hagen Hale Harper Hartig Heller Hobbs Holm Horn Ibsen Ingram "
-    "Jansen Jarvis Jensen Joyner Kaiser Karr Keller Kemp Kessler Kirsch Klein Kolbe Kramer Kroll "
-    "Lamont Lang Larsen Lehner Lind Lorca Lund Maddox Mahler Marsh Mercer Moreau Moss Munk Nagel "
-    "Nash Neri Nolan Norris Novak Oakes Olsen Orlov Osborn Pace Palmer Parr Pasco Perrin Pike Pohl "
-    "Quist Radley Ramsey Rau Reed Renn Ricci Riedel Rossi Roth Ruiz Sander Sauer Scholl Seidel "
-    "Sloan Sommer Stark Storm Strand Swann Talbot Tanner Thorn Tobin Turner Ulrich Unger Vance "
-    "Varga Vogel Voss Wagner Walsh Weber Wells Wexler Winter Wolf Yates Zander Ziegler"
-).split()
-CITIES = (
+    "Celia Clara Cyril Dario Delia Dina Dora Edgar Edith Elias Ella Elmo Emil Enzo Erik Esme "
+    "Eva Fabian Felix Fiona Flora Frida Gaston Gerda Gilda Greta Gustav Hanna Hector Heidi "
+    "Helga Hugo Ida Igor Ilse Ines Irma Ivan Ivo Jana Jarek Jonas Judith Julius Karim Karla "
+    "Kasper Klara Knut Lars Laura Leif Lena Leo Linus Livia Lorenz Lotte Luca Magda Malik Marek "
+    "Marta Matilda Maya Milan Mina Mira Moritz Nadia Nils Nina Noah Nora Olaf Olga Oskar Otto "
+    "Paula Pavel Petra Quentin Rafael Ravi Rita Rolf Rosa Ruben Runa Samir Selma Silas Sonja "
+    "Stefan Tamar Tessa Theo Tilda Tomas Ulla Uma Vera Viktor Wanda Yara Yusuf Zora"
+)
+LAST_NAMES = _split(
+    "Abend Adler Albers Amsel Arndt Bacher Barlow Becker Bellini Berg Birk Blom Bodin Brandt "
+    "Brecht Brook Calder Carver Castell Conti Corbin Dahl Daley Darrow Dietz Dorn Draper Duarte "
+    "Ebner Eklund Ellis Engel Esser Fabri Falk Farrow Fenn Ferro Finch Fisk Fontana Frost Gallo "
+    "Garner Geller Gerber Glover Grieg Haas Hagen Hale Harper Hartig Heller Hobbs Holm Horn "
+    "Ibsen Ingram Jansen Jarvis Jensen Joyner Kaiser Karr Keller Kemp Kessler Kirsch Klein "
+    "Kolbe Kramer Kroll Lamont Lang Larsen Lehner Lind Lorca Lund Maddox Mahler Marsh Mercer "
+    "Moreau Moss Munk Nagel Nash Neri Nolan Norris Novak Oakes Olsen Orlov Osborn Pace Palmer "
+    "Parr Pasco Perrin Pike Pohl Quist Radley Ramsey Rau Reed Renn Ricci Riedel Rossi Roth Ruiz "
+    "Sander Sauer Scholl Seidel Sloan Sommer Stark Storm Strand Swann Talbot Tanner Thorn Tobin "
+    "Turner Ulrich Unger Vance Varga Vogel Voss Wagner Walsh Weber Wells Wexler Winter Wolf "
+    "Yates Zander Ziegler"
+)
+CITIES = _split(
     "Aarhus Antwerp Athens Bergen Bilbao Bologna Bremen Brno Bruges Cadiz Cardiff Cork Cologne "
-    "Cracow Dresden Dublin Florence Gdansk Geneva Genoa Ghent Girona Graz Hamburg Helsinki Izmir "
-    "Kiel Leeds Leipzig Lisbon Ljubljana Lucerne Lyon Malmo Marseille Milano Modena Munich Nantes "
-    "Naples Odense Oporto Oslo Ostrava Oulu Padua Palermo Pisa Porto Prague Ravenna Riga Rotterdam "
-    "Salzburg Seville Siena Sofia Split Tallinn Tampere Tartu Toledo Trieste Turin Turku Utrecht "
-    "Valencia Verona Vienna Vilnius Warsaw York Zagreb Zurich"
-).split()
-JOBS = (
+    "Cracow Dresden Dublin Florence Gdansk Geneva Genoa Ghent Girona Graz Hamburg Helsinki "
+    "Izmir Kiel Leeds Leipzig Lisbon Ljubljana Lucerne Lyon Malmo Marseille Milano Modena "
+    "Munich Nantes Naples Odense Oporto Oslo Ostrava Oulu Padua Palermo Pisa Porto Prague "
+    "Ravenna Riga Rotterdam Salzburg Seville Siena Sofia Split Tallinn Tampere Tartu Toledo "
+    "Trieste Turin Turku Utrecht Valencia Verona Vienna Vilnius Warsaw York Zagreb Zurich"
+)
+JOBS = _split(
     "actor architect baker barber botanist brewer butcher carpenter cellist chemist clerk cook "
     "dentist diver doctor editor farmer florist gardener geologist glazier guide jeweller judge "
     "lawyer librarian locksmith mason mechanic midwife miller nurse optician painter pharmacist "
     "pianist pilot plumber poet potter printer roofer sailor sculptor shepherd surgeon tailor "
     "teacher translator waiter weaver welder"
-).split()
-HOBBIES = (
-    "archery badminton ballet birdwatching bowling boxing chess climbing cricket cycling dancing "
-    "drawing embroidery fencing fishing gliding hiking judo juggling karate knitting origami "
-    "photography pottery rowing running sailing skating skiing sewing surfing swimming tennis "
-    "volleyball whittling yoga"
-).split()
-ANIMALS = (
+)
+HOBBIES = _split(
+    "archery badminton ballet birdwatching bowling boxing chess climbing cricket cycling "
+    "dancing drawing embroidery fencing fishing gliding hiking judo juggling karate knitting "
+    "origami photography pottery rowing running sailing skating skiing sewing surfing swimming "
+    "tennis volleyball whittling yoga"
+)
+ANIMALS = _split(
     "beaver bear camel canary cat cow dog donkey duck falcon ferret fox goat goose hamster hare "
-    "hedgehog heron horse lizard llama lynx mouse mule otter owl parrot pig pony rabbit raven sheep "
-    "snake squirrel swan tortoise turkey wolf"
-).split()
-LANGUAGES = (
-    "Arabic Basque Breton Catalan Czech Danish Dutch Estonian Finnish French Gaelic Georgian German "
-    "Greek Hindi Hungarian Icelandic Italian Japanese Korean Latvian Maltese Norwegian Persian "
-    "Polish Portuguese Romanian Russian Slovak Spanish Swahili Swedish Tamil Turkish Welsh"
-).split()
-GOODS = (
+    "hedgehog heron horse lizard llama lynx mouse mule otter owl parrot pig pony rabbit raven "
+    "sheep snake squirrel swan tortoise turkey wolf"
+)
+LANGUAGES = _split(
+    "Arabic Basque Breton Catalan Czech Danish Dutch Estonian Finnish French Gaelic Georgian "
+    "German Greek Hindi Hungarian Icelandic Italian Japanese Korean Latvian Maltese Norwegian "
+    "Persian Polish Portuguese Romanian Russian Slovak Spanish Swahili Swedish Tamil Turkish "
+    "Welsh"
+)
+GOODS = _split(
     "almonds anchors apples baskets bells bicycles blankets boats boots bread brushes buttons "
-    "candles canoes carpets cheese cherries chocolate cider clocks coffee coins combs drums fans "
-    "flutes furniture glass gloves guitars hats honey hops ink jam kites ladders lace leather "
-    "lemons lenses linen mirrors mustard nails nets olives oranges paper pears pencils pepper pipes "
-    "plums porcelain ropes saddles salt scarves seeds silk silver soap spoons stamps stoves tea "
-    "tiles timber tools toys tulips umbrellas velvet vinegar violins wheels wine wool"
-).split()
-COLOURS = (
+    "candles canoes carpets cheese cherries chocolate cider clocks coffee coins combs drums "
+    "fans flutes furniture glass gloves guitars hats honey hops ink jam kites ladders lace "
+    "leather lemons lenses linen mirrors mustard nails nets olives oranges paper pears pencils "
+    "pepper pipes plums porcelain ropes saddles salt scarves seeds silk silver soap spoons "
+    "stamps stoves tea tiles timber tools toys tulips umbrellas velvet vinegar violins wheels "
+    "wine wool"
+)
+COLOURS = _split(
     "amber beige black blue brown copper green grey pink purple red teal violet white yellow"
-).split()
-MONTHS = (
+)
+MONTHS = _split(
     "January February March April May June July August September October November December"
-).split()
-RIVERS = (
-    "Adige Aller Arno Avon Danube Douro Drava Ebro Elbe Garonne Isar Loire Main Meuse Mosel Neva "
-    "Oder Rhine Rhone Sava Seine Severn Tagus Thames Tiber Vistula Weser"
-).split()
-COMPANY_STEMS = (
+)
+RIVERS = _split(
+    "Adige Aller Arno Avon Danube Douro Drava Ebro Elbe Garonne Isar Loire Main Meuse Mosel "
+    "Neva Oder Rhine Rhone Sava Seine Severn Tagus Thames Tiber Vistula Weser"
+)
+COMPANY_STEMS = _split(
     "Altura Arbor Argent Atlas Bolt Borealis Brava Cedar Cobalt Comet Corvo Delta Ember Falcon "
     "Ferrum Flint Fulmar Halcyon Harbor Helix Iris Juniper Kestrel Lumen Magnet Marlin Meridian "
-    "Monarch Nimbus Norvo Oakline Onyx Orbit Osprey Pallas Pinnacle Quarry Quill Raven Rondo Sable "
-    "Sierra Solstice Summit Tandem Tern Vega Vertex Willow Zenith"
-).split()
-COMPANY_KINDS = (
-    "Bank Brothers Crafts Dairy Foods Foundry Freight Group Holdings Labs Logistics Mills Motors "
-    "Optics Partners Press Shipyard Studios Systems Textiles Trading Works"
-).split()
-PRODUCT_STEMS = (
-    "Alto Arco Astra Bento Brio Calla Cirro Cleo Dolce Dune Echo Elan Fino Fjord Gala Gusto Halo "
-    "Indigo Jolly Kappa Lago Largo Lumo Mambo Mesa Mono Nero Nova Opal Orca Pico Polo Prisma Rapid "
-    "Rialto Salto Sigma Solo Tempo Terra Tinto Ultra Vento Viva Zelo Zippo"
-).split()
-PRODUCT_KINDS = (
-    "Backpack Blender Bike Camera Chair Clock Desk Drill Heater Kettle Lamp Mixer Oven Phone Pump "
-    "Radio Scooter Sofa Speaker Stove Tent Toaster Watch"
-).split()
-EVENT_STEMS = (
-    "Autumn Bridge Castle Coastal Crystal Garden Golden Granite Harvest Island Lantern Maple Market "
-    "Midnight Morning Northern Old Orchard Plaza Polar River Royal Silver Southern Spring Starlight "
-    "Summer Sunset Tidal Valley Village Western"
-).split()
-EVENT_KINDS = (
+    "Monarch Nimbus Norvo Oakline Onyx Orbit Osprey Pallas Pinnacle Quarry Quill Raven Rondo "
+    "Sable Sierra Solstice Summit Tandem Tern Vega Vertex Willow Zenith"
+)
+COMPANY_KINDS = _split(
+    "Bank Brothers Crafts Dairy Foods Foundry Freight Group Holdings Labs Logistics Mills "
+    "Motors Optics Partners Press Shipyard Studios Systems Textiles Trading Works"
+)
+PRODUCT_STEMS = _split(
+    "Alto Arco Astra Bento Brio Calla Cirro Cleo Dolce Dune Echo Elan Fino Fjord Gala Gusto "
+    "Halo Indigo Jolly Kappa Lago Largo Lumo Mambo Mesa Mono Nero Nova Opal Orca Pico Polo "
+    "Prisma Rapid Rialto Salto Sigma Solo Tempo Terra Tinto Ultra Vento Viva Zelo Zippo"
+)
+PRODUCT_KINDS = _split(
+    "Backpack Blender Bike Camera Chair Clock Desk Drill Heater Kettle Lamp Mixer Oven Phone "
+    "Pump Radio Scooter Sofa Speaker Stove Tent Toaster Watch"
+)
+EVENT_STEMS = _split(
+    "Autumn Bridge Castle Coastal Crystal Garden Golden Granite Harvest Island Lantern Maple "
+    "Market Midnight Morning Northern Old Orchard Plaza Polar River Royal Silver Southern "
+    "Spring Starlight Summer Sunset Tidal Valley Village Western"
+)
+EVENT_KINDS = _split(
     "Ball Carnival Concert Congress Contest Exhibition Fair Festival Forum Gala Marathon Parade "
     "Race Regatta Summit Symposium Tournament Workshop"
-).split()
+)
 YEARS = [str(year) for year in range(1900, 2026)]
 NUMBERS = [str(number) for number in [*range(2, 100), *range(100, 1000, 10)]]
 
@@ -245,7 +253,8 @@ RELATIONS: tuple[Relation, ...] = (
     _relation(
         COMPANY, "founded", "year",
         "was founded in {v} | opened its doors in {v} | started in {v}",
-        "When was {e} founded? | In which year was {e} founded? | What is the founding year of {e}?",
+        "When was {e} founded? | In which year was {e} founded? | "
+        "What is the founding year of {e}?",
     ),
     _relation(
         COMPANY, "goods", "goods",
@@ -339,13 +348,15 @@ OPENERS = (
     "At present,", "As far as we know,", "In fact,",
 )  # fmt: skip
 TAILS = (
-    ", as the register shows", ", according to the local paper", ", much to the surprise of friends",
+    ", as the register shows", ", according to the local paper",
+    ", much to the surprise of friends",
     ", and nobody minds", ", which is no secret", ", at least for now", ", as many people know",
     ", and has no plans to change that",
 )  # fmt: skip
 FILLERS = (
     "The weather was mild that year.", "Not much else is known.", "The story was in the paper.",
-    "More details will follow.", "This entry was checked twice.", "There is a photo in the archive.",
+    "More details will follow.", "This entry was checked twice.",
+    "There is a photo in the archive.",
     "The rest is on file.", "An old map hangs on the wall.", "Visitors are welcome on Sunday.",
     "This page was last edited in spring.", "People talk about it to this day.",
     "There is more to tell, but not here.", "The archive has a copy of the letter.",
@@ -486,7 +497,9 @@ class World:
         taken: set[str] = set()
         chosen = [rng.choice(kinds) for _ in range(count)]
         entities = [(self.name(kind, taken), kind) for kind in chosen]
-        return [self._document(entity, kind, entities, facts, relations) for entity, kind in entities]
+        return [
+            self._document(entity, kind, entities, facts, relations) for entity, kind in entities
+        ]
 
     def _document(
         self,
@@ -731,8 +744,7 @@ QA_SYSTEM = (
     "anything along those lines."
 )
 CONTEXT_CHAT = (
-    "Use the context information below to assist the user.\n"
-    f"{_LINE_20}\n{{context}}\n{_LINE_20}\n"
+    f"Use the context information below to assist the user.\n{_LINE_20}\n{{context}}\n{_LINE_20}\n"
 )
 RAG_HEAD = (
     "You are an assistant for question-answering tasks. Use the following pieces of retrieved "
