@@ -14,7 +14,7 @@ _SHORT_QUERY = 12  # characters; shorter query strings must stand alone on a lin
 _WORTHWHILE = 20  # letters and digits that a common head needs to be more than a chat header
 _COMPARED = 64  # most recent heads that a new one is compared with
 _REST = 48  # characters of a varying part by which its pipeline is recognised
-_ONE_OFFS = 8  # heads without anything in common, each seen once, before a new one is held varying
+_ONE_OFFS = 24  # heads without anything in common, each seen once, before a new one is held varying
 
 
 # "Question: ", "The original query is as follows: "
@@ -111,22 +111,24 @@ class PrefixMemory:
             another pipeline's; where query strings are known and none stands in the head, that is
             likelier.
         """
-        recent = [other for other in self._heads.values() if not other.is_constant][-_COMPARED:]
-        related = []
+        recent = list(self._heads.values())[-_COMPARED:]
         for other in recent:
-            length = _common_length(text, other.text)
-            if length == len(other.text) and _begins_alike(text[length:], other.rest):
+            if text.startswith(other.text) and _begins_alike(text[len(other.text) :], other.rest):
                 return other.cut  # the same pipeline, asked something that was not registered
+        related = []
+        for other in (each for each in recent if not each.is_constant):
+            length = _common_length(text, other.text)
             common = self._markup.boundary(text, length)
             alike = _is_question_line(text, other.text, common, length)
             related.append((common, alike, other))
         related.sort(key=lambda relation: relation[0], reverse=True)
         for common, alike, other in related:
-            if common == related[0][0]:
-                if other.was_cut and other.cut <= common:
-                    return other.cut
-                if alike:
-                    return common
+            if common < related[0][0] or not (alike or self._is_worthwhile(text[:common])):
+                continue
+            if other.was_cut and other.cut <= common:
+                return other.cut
+            if alike:
+                return common
         if len(related) >= patience and self._is_worthwhile(text[: related[patience - 1][0]]):
             return related[patience - 1][0]
         if patience == 1 and len(related) >= _ONE_OFFS:

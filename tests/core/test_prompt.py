@@ -329,8 +329,9 @@ def test_existing_answers_of_a_refine_chain_do_not_spoil_the_prefix() -> None:
 def test_question_that_was_not_registered_follows_its_pipeline() -> None:
     registry = ContextRegistry()
     split = PromptSplitter(registry).split
-    registry.register(BIRDS, query="Why wade?")
-    known = split(QUESTION_FIRST.format(q="Why wade?", c=HERON))
+    for question in ("Who clap their bills?", "Why wade?"):
+        registry.register(BIRDS, query=question)
+        known = split(QUESTION_FIRST.format(q=question, c=HERON))
     unknown = split(QUESTION_FIRST.format(q="Where do they nest?", c=HERON))
     assert unknown.prefix == known.prefix
 
@@ -346,6 +347,21 @@ def test_two_pipelines_with_constant_prefixes_are_both_stable() -> None:
         for head in heads:
             seen[head].add(split(f"{head}{HERON}\nQuery: {question}").prefix)
     assert seen == {head: {head} for head in heads}
+
+
+def test_pipeline_that_follows_varying_ones_keeps_its_head() -> None:
+    split = splitter(HERON).split
+    for question in QUESTIONS[:10]:
+        assert split(f"Question: {question}\n{HERON}\nAnswer:").contexts
+    head = "<|im_start|>system\nYou are a poet.<|im_end|>\n<|im_start|>user\nWrite about this:\n"
+    assert split(f"{head}{HERON}\nThe poem:").prefix == head
+
+
+def test_heads_without_anything_in_common_converge_in_the_end() -> None:
+    split = splitter(HERON).split
+    topics = [chr(97 + n % 26) + str(n) + " in its own words" for n in range(50)]
+    prefixes = [split(f"{topic}\n\n{HERON}\n\nExplain.").prefix for topic in topics]
+    assert len(set(prefixes[30:])) == 1
 
 
 def test_two_pipelines_are_stable_without_known_questions_too() -> None:
