@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.generator import APEGenerator, PreparedPrompt
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.store import DiskKVStore, MemoryKVStore
 
 #: What each mode is; the order of a run.

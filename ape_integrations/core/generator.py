@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -28,67 +26,23 @@ from ape_integrations.core.chat import template_special_tokens, turn_markers
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.context_sets import ContextSet, ContextSetPool
 from ape_integrations.core.encoder import ContextEncoder
-from ape_integrations.core.errors import ConfigError, ContextWindowError, UnsupportedModelError
+from ape_integrations.core.errors import ConfigError, UnsupportedModelError
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generation import (
     GenerationResult,
     GenerationStream,
-    SeededSampler,
     TextAssembler,
     TokenSink,
 )
 from ape_integrations.core.model import attach, check_supported
+from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.registry import ContextRegistry
 from ape_integrations.core.self_check import self_check
+from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tokens import Tokens
 from ape_integrations.store import KVStore, open_store
-
-#: Arguments of ``model.generate()`` that describe the prompt, which the generator owns.
-_OWNED = (
-    "inputs",
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "cache_implementation",
-    "return_dict_in_generate",
-)
-
-
-@dataclass(frozen=True)
-class PreparedPrompt:
-    """Token ids of one prompt, part by part.
-
-    Parameters
-    ----------
-    prefix, query : list of int
-        Token ids.
-    contexts : list of list of int
-        Token ids of each context; equal contexts stand once.
-    """
-
-    prefix: list[int]
-    contexts: list[list[int]]
-    query: list[int]
-
-    @property
-    def layout(self) -> ContextLayout:
-        """Where the contexts stand."""
-        return ContextLayout(len(self.prefix), tuple(len(ids) for ids in self.contexts))
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens in all."""
-        return len(self.prefix) + sum(map(len, self.contexts)) + len(self.query)
-
-    def logical_ids(self) -> list[int]:
-        """Return ids of the prompt's logical length: the longest context stands for all."""
-        longest = max(self.contexts, key=len, default=[])
-        return [*self.prefix, *longest, *self.query]
 
 
 class APEGenerator:
@@ -143,9 +97,11 @@ class APEGenerator:
             special_tokens=template_special_tokens(tokenizer),
             turn_markers=turn_markers(tokenizer),
         )
+        self._preparer = PromptPreparer(self.tokens, self.config, self.info.max_positions)
         self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
         self._sets = ContextSetPool(self.info, context_set_bytes)
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._lock = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
 
     @classmethod
@@ -204,60 +160,7 @@ class APEGenerator:
         ConfigError
             A context is empty, or the query, or without contexts the whole prompt.
         """
-        if isinstance(contexts, str):
-            raise ConfigError("contexts must be a sequence of strings, not one string.")
-        if not contexts:
-            ids = self.tokens.prompt(prefix + query)
-            if not ids:
-                raise ConfigError("The prompt is empty: there is nothing to generate from.")
-            return PreparedPrompt([], [], ids)
-        query_ids = self.tokens.rest(query)
-        if not query_ids:
-            raise ConfigError("The query is empty: something must stand behind the contexts.")
-        return PreparedPrompt(self.prefix_ids(prefix), self.context_ids(contexts), query_ids)
-
-    def prefix_ids(self, prefix: str) -> list[int]:
-        """Tokenise a shared prefix; an empty one becomes the default prefix."""
-        if prefix:
-            return self.tokens.prompt(prefix)
-        return self.tokens.default_prefix(self.config.default_prefix)
-
-    def context_ids(self, contexts: Sequence[str]) -> list[list[int]]:
-        """Tokenise contexts, each with a trailing separator and special tokens as plain text.
-
-        Raises
-        ------
-        ConfigError
-            A context is empty.
-        """
-        if any(not text.strip() for text in contexts):
-            raise ConfigError("A context is empty. Leave empty texts out.")
-        separator = self.config.context_separator
-        unique = {tuple(self.tokens.literal(text.strip() + separator)): None for text in contexts}
-        return [list(ids) for ids in unique]
-
-    def _fit(self, prompt: PreparedPrompt, new_tokens: int) -> PreparedPrompt:
-        """Check the position limit, and split contexts that are too long for it."""
-        limit = self.info.max_positions
-        if limit is None:
-            return prompt
-        room = limit - len(prompt.prefix) - len(prompt.query) - new_tokens
-        if room < (1 if prompt.contexts else 0):
-            raise ContextWindowError(
-                f"The prompt does not fit the model's {limit} positions: prefix "
-                f"{len(prompt.prefix)} + query {len(prompt.query)} + new tokens {new_tokens}"
-                f"{', and some room for contexts' if prompt.contexts else ''}. "
-                "Shorten the query or the history, or lower max_new_tokens."
-            )
-        if all(len(ids) <= room for ids in prompt.contexts):
-            return prompt
-        warnings.warn(
-            f"A context is longer than the {room} positions left for it and is read as several "
-            "contexts. Smaller chunks give better answers.",
-            stacklevel=4,
-        )
-        pieces = [ids[i : i + room] for ids in prompt.contexts for i in range(0, len(ids), room)]
-        return replace(prompt, contexts=pieces)
+        return self._preparer.prepare(prefix, contexts, query)
 
     # States -------------------------------------------------------------------------------------
 
@@ -301,10 +204,11 @@ class APEGenerator:
 
     def _note_prefix(self, ids: list[int]) -> None:
         """Remember the prefix, so that texts can be prefetched behind it."""
-        self._recent_prefixes[tuple(ids)] = None
-        self._recent_prefixes.move_to_end(tuple(ids))
-        while len(self._recent_prefixes) > KEPT_PREFIXES:
-            self._recent_prefixes.popitem(last=False)
+        with self._lock:
+            self._recent_prefixes[tuple(ids)] = None
+            self._recent_prefixes.move_to_end(tuple(ids))
+            while len(self._recent_prefixes) > KEPT_PREFIXES:
+                self._recent_prefixes.popitem(last=False)
 
     def warm(
         self, prefix: str, contexts: Sequence[str], show_progress: bool = True
@@ -326,8 +230,8 @@ class APEGenerator:
             ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now).
         """
         figures = Figures()
-        ids = self.context_ids(contexts)
-        self._source.ensure(self.prefix_ids(prefix), ids, figures, show_progress)
+        ids = self._preparer.context_ids(contexts)
+        self._source.ensure(self._preparer.prefix_ids(prefix), ids, figures, show_progress)
         self.store.flush()
         return {"contexts": len(ids), "hits": figures.hits, "misses": figures.misses}
 
@@ -348,13 +252,14 @@ class APEGenerator:
             Whether to encode what the store lacks. Without, nothing is wasted on a wrong prefix.
         """
         contexts = [text for text in texts if text.strip()]
-        prefixes = list(reversed(self._recent_prefixes))
+        with self._lock:
+            prefixes = list(reversed(self._recent_prefixes))
         if contexts and (prefixes or prefix is not None):
-            ids = list(prefixes[0]) if prefix is None else self.prefix_ids(prefix)
+            ids = list(prefixes[0]) if prefix is None else self._preparer.prefix_ids(prefix)
             self._background.submit(self._prefetch, ids, contexts, encode)
 
     def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool) -> None:
-        ids = self.context_ids(contexts)
+        ids = self._preparer.context_ids(contexts)
         self._source.promote(prefix_ids, ids)
         if encode:
             self._source.ensure(prefix_ids, ids, Figures(), show_progress=False)
@@ -412,18 +317,22 @@ class APEGenerator:
 
     def generate_ids(self, prompt: PreparedPrompt, **generation_kwargs: Any) -> GenerationResult:
         """Generate behind token ids; otherwise like :meth:`generate`."""
-        return self._run(prompt, generation_kwargs)
+        return self._run(prompt, self._settings(generation_kwargs), Figures())
+
+    def _settings(self, kwargs: dict[str, Any]) -> GenerationSettings:
+        defaults: Any = self.model.generation_config
+        return GenerationSettings(kwargs, defaults, self.config.max_new_tokens)
 
     def _stream(self, prompt: PreparedPrompt, kwargs: dict[str, Any]) -> GenerationStream:
-        start = time.perf_counter()
-        if kwargs.get("num_beams", 1) > 1:
+        figures = Figures()
+        settings = self._settings(kwargs)
+        if not settings.single:
             raise ConfigError("Beam search cannot be streamed: use generate(), or num_beams=1.")
-        self._check_kwargs(kwargs)
 
         def run(
             on_text: Callable[[str], None], on_sink: Callable[[TokenSink], None]
         ) -> GenerationResult:
-            return self._run(prompt, kwargs, on_text, on_sink, start)
+            return self._run(prompt, settings, figures, on_text, on_sink)
 
         return GenerationStream(run)
 
@@ -431,99 +340,46 @@ class APEGenerator:
     def _run(
         self,
         prompt: PreparedPrompt,
-        generation_kwargs: dict[str, Any],
+        settings: GenerationSettings,
+        figures: Figures,
         on_text: Callable[[str], None] | None = None,
         on_sink: Callable[[TokenSink], None] | None = None,
-        start: float | None = None,
     ) -> GenerationResult:
-        figures = Figures()
-        figures.start = start or figures.start
-        self._check_kwargs(generation_kwargs)
-        kwargs = dict(generation_kwargs)
-        new_tokens = self._max_new_tokens(kwargs)
-        prompt = self._fit(prompt, new_tokens)
-        stop = _strings(kwargs.pop("stop", None))
-        single = (kwargs.get("num_beams") or self._setting(kwargs, "num_beams") or 1) == 1
+        prompt = self._preparer.fit(prompt, settings.max_new_tokens)
         logical = prompt.logical_ids()
-        assembler = TextAssembler(self.tokens, stop)
-        sink = TokenSink(assembler, len(logical), on_text, single)
+        assembler = TextAssembler(self.tokens, settings.stop)
+        sink = TokenSink(assembler, len(logical), on_text, settings.single)
         if on_sink is not None:
             on_sink(sink)
-        if stop and not single:
-            kwargs.update(stop_strings=stop, tokenizer=self.tokenizer)
-        kwargs["max_new_tokens"] = new_tokens
-        kwargs["stopping_criteria"] = StoppingCriteriaList(
-            [*(kwargs.get("stopping_criteria") or []), sink]
-        )
-        self._seed(kwargs)
-        self._name_padding(kwargs)
+        kwargs = dict(settings.kwargs)
+        criteria = [*(kwargs.pop("stopping_criteria", None) or []), sink]
+        if settings.stop and not settings.single:
+            kwargs.update(stop_strings=settings.stop, tokenizer=self.tokenizer)
         input_ids = torch.tensor([logical], device=self.info.input_device)
-        kwargs["attention_mask"] = torch.ones_like(input_ids)
+
+        def generate(**cache: Any) -> list[int]:
+            sequences = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **kwargs,
+                **cache,
+            )
+            sequence: list[int] = sequences[0].tolist()
+            return sequence
+
         if prompt.contexts:
             with self.assemble(prompt, figures) as cache:
-                sequences = self.model.generate(input_ids, past_key_values=cache, **kwargs)
+                sequence = generate(past_key_values=cache)
         else:
-            sequences = self.model.generate(input_ids, **kwargs)
-        sequence = sequences[0].tolist()
+            sequence = generate()
         sink.finish(sequence)
         assert sink.first_token_time is not None
         figures.first_token = sink.first_token_time - figures.start
         new = sequence[len(logical) :]
-        ended = bool(new) and new[-1] in _as_list(self._setting(kwargs, "eos_token_id"))
-        full = len(new) >= new_tokens and not ended and not assembler.stopped
+        ended = bool(new) and new[-1] in settings.end_tokens
+        full = len(new) >= settings.max_new_tokens and not ended and not assembler.stopped
         return _result(assembler.text, new, "length" if full else "stop", prompt, figures)
-
-    def _setting(self, kwargs: dict[str, Any], name: str) -> Any:
-        """Return a generation setting: of the call, or of the model's generation config."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        return kwargs.get(name, getattr(config, name, None))
-
-    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        owned = [name for name in _OWNED if name in kwargs]
-        if owned:
-            raise ConfigError(
-                f"{', '.join(owned)} cannot be passed: the generator sets up prompt and cache "
-                "itself. Pass prefix, contexts and query."
-            )
-        if kwargs.get("num_return_sequences", 1) != 1:
-            raise ConfigError("num_return_sequences must be 1: a result holds one text.")
-        if kwargs.get("assistant_model") is not None:
-            raise ConfigError("assistant_model is not supported together with cached contexts.")
-
-    def _max_new_tokens(self, kwargs: dict[str, Any]) -> int:
-        if "max_length" in kwargs:
-            raise ConfigError(
-                "max_length counts prompt tokens, which cached contexts make ambiguous. "
-                "Use max_new_tokens."
-            )
-        value = self._setting(kwargs, "max_new_tokens")
-        value = self.config.max_new_tokens if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"max_new_tokens must be a whole number of at least 1, not {value}.")
-        return value
-
-    def _seed(self, kwargs: dict[str, Any]) -> None:
-        """Replace seeded sampling by a sampler with a random generator of its own."""
-        seed = kwargs.pop("seed", None)
-        if seed is None or not self._setting(kwargs, "do_sample"):
-            return
-        settings = {
-            name: self._setting(kwargs, name) for name in ("temperature", "top_k", "top_p", "min_p")
-        }
-        temperature = settings["temperature"]
-        sampler = SeededSampler(
-            seed, **{**settings, "temperature": 1.0 if temperature is None else temperature}
-        )
-        processors = [*(kwargs.get("logits_processor") or []), sampler]
-        kwargs["logits_processor"] = LogitsProcessorList(processors)
-        # Greedy decoding warns of the settings of sampling, which the sampler has taken.
-        kwargs.update(do_sample=False, **dict.fromkeys(settings))
-
-    def _name_padding(self, kwargs: dict[str, Any]) -> None:
-        """Name a padding token: padding never happens, but transformers warns without one."""
-        if self._setting(kwargs, "pad_token_id") is None:
-            ends = _as_list(self._setting(kwargs, "eos_token_id"))
-            kwargs["pad_token_id"] = ends[0] if ends else 0
 
     @torch.no_grad()
     def query_logits(
@@ -549,7 +405,7 @@ class APEGenerator:
         if not query_ids or any(not ids for ids in context_ids):
             raise ConfigError("The query and every context need at least one token.")
         prompt = PreparedPrompt(list(prefix_ids), [list(c) for c in context_ids], list(query_ids))
-        prompt = self._fit(prompt, 0)
+        prompt = self._preparer.fit(prompt, 0)
         device = self.info.input_device
         if not prompt.contexts:
             ids = torch.tensor([prompt.prefix + prompt.query], device=device)
@@ -582,20 +438,6 @@ class APEGenerator:
         self._background.shutdown(wait=True)
         self._sets.clear()
         self.store.flush()
-
-
-def _strings(stop: str | Sequence[str] | None) -> list[str]:
-    if stop is None:
-        return []
-    return [stop] if isinstance(stop, str) else [text for text in stop if text]
-
-
-def _as_list(ids: int | list[int] | Tensor | None) -> list[int]:
-    if ids is None:
-        return []
-    if isinstance(ids, Tensor):
-        return [int(i) for i in ids.flatten()]
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def _result(

@@ -8,7 +8,8 @@ import torch
 from ape_integrations.core.attention import partitioned_attention
 from ape_integrations.core.cache import APECacheLayer, ContextLayout
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.generator import APEGenerator, PreparedPrompt
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.store import MemoryKVStore
 from tests.models import VOCAB, byte_tokenizer, tiny_model
 from tests.reference import reference_greedy, reference_logits
@@ -62,14 +63,8 @@ def test_greedy_tokens_equal_brute_force(family: str) -> None:
         seen.append(scores[0].clone())
         return scores
 
-    result = generator._run(
-        prompt,
-        {
-            "max_new_tokens": 16,
-            "do_sample": False,
-            "logits_processor": [record],
-            "eos_token_id": -1,
-        },
+    result = generator.generate_ids(
+        prompt, max_new_tokens=16, do_sample=False, logits_processor=[record], eos_token_id=-1
     )
     assert result.token_ids == expected
     torch.testing.assert_close(torch.stack(seen).double(), rows, atol=1e-4, rtol=0)

@@ -1,0 +1,132 @@
+"""Prompt parts to token ids that fit the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ape_integrations.core.cache import ContextLayout
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.errors import ConfigError, ContextWindowError
+from ape_integrations.core.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """Token ids of one prompt, part by part.
+
+    Parameters
+    ----------
+    prefix, query : list of int
+        Token ids.
+    contexts : list of list of int
+        Token ids of each context; equal contexts stand once.
+    """
+
+    prefix: list[int]
+    contexts: list[list[int]]
+    query: list[int]
+
+    @property
+    def layout(self) -> ContextLayout:
+        """Where the contexts stand."""
+        return ContextLayout(len(self.prefix), tuple(len(ids) for ids in self.contexts))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens in all."""
+        return len(self.prefix) + sum(map(len, self.contexts)) + len(self.query)
+
+    def logical_ids(self) -> list[int]:
+        """Return ids of the prompt's logical length: the longest context stands for all."""
+        longest = max(self.contexts, key=len, default=[])
+        return [*self.prefix, *longest, *self.query]
+
+
+class PromptPreparer:
+    """Tokenises the parts of a prompt, each alone, and fits them to the model's positions.
+
+    Parameters
+    ----------
+    tokens : Tokens
+        The model's tokenizer.
+    config : APEConfig
+        Default prefix and context separator.
+    max_positions : int or None
+        Positions that the model has.
+    """
+
+    def __init__(self, tokens: Tokens, config: APEConfig, max_positions: int | None) -> None:
+        self._tokens = tokens
+        self._config = config
+        self._max_positions = max_positions
+
+    def prepare(self, prefix: str, contexts: Sequence[str], query: str) -> PreparedPrompt:
+        """Tokenise each part of a prompt.
+
+        Raises
+        ------
+        ConfigError
+            A context is empty, or the query, or without contexts the whole prompt.
+        """
+        if isinstance(contexts, str):
+            raise ConfigError("contexts must be a sequence of strings, not one string.")
+        if not contexts:
+            ids = self._tokens.prompt(prefix + query)
+            if not ids:
+                raise ConfigError("The prompt is empty: there is nothing to generate from.")
+            return PreparedPrompt([], [], ids)
+        query_ids = self._tokens.rest(query)
+        if not query_ids:
+            raise ConfigError("The query is empty: something must stand behind the contexts.")
+        return PreparedPrompt(self.prefix_ids(prefix), self.context_ids(contexts), query_ids)
+
+    def prefix_ids(self, prefix: str) -> list[int]:
+        """Tokenise a shared prefix; an empty one becomes the default prefix."""
+        if prefix:
+            return self._tokens.prompt(prefix)
+        return self._tokens.default_prefix(self._config.default_prefix)
+
+    def context_ids(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Tokenise contexts, each with a trailing separator and special tokens as plain text.
+
+        Raises
+        ------
+        ConfigError
+            A context is empty.
+        """
+        if any(not text.strip() for text in contexts):
+            raise ConfigError("A context is empty. Leave empty texts out.")
+        separator = self._config.context_separator
+        unique = {tuple(self._tokens.literal(text.strip() + separator)): None for text in contexts}
+        return [list(ids) for ids in unique]
+
+    def fit(self, prompt: PreparedPrompt, new_tokens: int) -> PreparedPrompt:
+        """Check the position limit, and split contexts that are too long for it.
+
+        Raises
+        ------
+        ContextWindowError
+            Prefix, query and new tokens leave no room.
+        """
+        limit = self._max_positions
+        if limit is None:
+            return prompt
+        room = limit - len(prompt.prefix) - len(prompt.query) - new_tokens
+        if room < (1 if prompt.contexts else 0):
+            raise ContextWindowError(
+                f"The prompt does not fit the model's {limit} positions: prefix "
+                f"{len(prompt.prefix)} + query {len(prompt.query)} + new tokens {new_tokens}"
+                f"{', and some room for contexts' if prompt.contexts else ''}. "
+                "Shorten the query or the history, or lower max_new_tokens."
+            )
+        if all(len(ids) <= room for ids in prompt.contexts):
+            return prompt
+        warnings.warn(
+            f"A context is longer than the {room} positions left for it and is read as several "
+            "contexts. Smaller chunks give better answers.",
+            stacklevel=4,
+        )
+        pieces = [ids[i : i + room] for ids in prompt.contexts for i in range(0, len(ids), room)]
+        return replace(prompt, contexts=pieces)
