@@ -247,6 +247,8 @@ class APECache(Cache):
         T and S.
     tail_capacity : int, optional
         Tokens to allocate the tail for, where the caller knows.
+    name : tuple of str
+        Store keys of the contexts, which name prefix and contexts together.
     """
 
     def __init__(
@@ -257,6 +259,7 @@ class APECache(Cache):
         temperature: float = 1.0,
         scale: float = 1.0,
         tail_capacity: int | None = None,
+        name: tuple[str, ...] = (),
     ) -> None:
         layers: list[Any] = [
             APECacheLayer(
@@ -271,6 +274,18 @@ class APECache(Cache):
         ]
         super().__init__(layers=layers)
         self.layout = layout
+        self.name = name
+
+    def tail_states(self) -> tuple[list[tuple[Tensor, Tensor]], int]:
+        """Return per layer the tail's keys and values ``(batch, room, heads, dim)``; its length."""
+        layers: list[Any] = self.layers
+        return [(layer.keys, layer.values) for layer in layers], layers[0].length
+
+    def restore_tail(self, states: Sequence[tuple[Tensor, Tensor]], length: int) -> None:
+        """Start the tail with a copy of the first ``length`` tokens of another one's states."""
+        layers: list[Any] = self.layers
+        for layer, (keys, values) in zip(layers, states, strict=True):
+            layer.update(keys[:, :length].transpose(1, 2), values[:, :length].transpose(1, 2))
 
     def tail(self, layer_idx: int, item: int, length: int) -> tuple[Tensor, Tensor]:
         """Return the first ``length`` tail tokens of one batch item, as token-major views."""

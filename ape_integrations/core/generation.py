@@ -40,7 +40,8 @@ class GenerationResult:
     usage : dict
         ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
     cache : dict
-        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``.
+        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``, and ``tokens_reused``: query tokens
+        whose states were kept from an earlier turn over the same contexts.
     timings : dict
         Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``first_token``
         (from the call to the first new token) and ``total``.

@@ -41,6 +41,7 @@ from ape_integrations.core.registry import ContextRegistry
 from ape_integrations.core.self_check import self_check
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
+from ape_integrations.core.tails import TailMemory
 from ape_integrations.core.tokens import Tokens
 from ape_integrations.store import KVStore, open_store
 
@@ -63,6 +64,9 @@ class APEGenerator:
         T, S and the limits of encoding.
     context_set_bytes : int
         Memory for assembled context sets that no generation is using at the moment.
+    tail_bytes : int
+        Memory for the states of questions and answers behind a context set, which a chat's next
+        turn starts from.
 
     Raises
     ------
@@ -80,6 +84,7 @@ class APEGenerator:
         config: APEConfig | None = None,
         *,
         context_set_bytes: int = 2 << 30,
+        tail_bytes: int = 1 << 28,
     ) -> None:
         check_supported(model)
         self.config = config or APEConfig()
@@ -100,6 +105,7 @@ class APEGenerator:
         self._preparer = PromptPreparer(self.tokens, self.config, self.info.max_positions)
         self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
         self._sets = ContextSetPool(self.info, context_set_bytes)
+        self._tails = TailMemory(tail_bytes)
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._lock = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
@@ -200,7 +206,7 @@ class APEGenerator:
         with self._sets.borrow(keys, layout.total, fill) as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
-            yield APECache(layout, prefix, context_set.layers, temperature, scale)
+            yield APECache(layout, prefix, context_set.layers, temperature, scale, name=tuple(keys))
 
     def _note_prefix(self, ids: list[int]) -> None:
         """Remember the prefix, so that texts can be prefetched behind it."""
@@ -370,7 +376,11 @@ class APEGenerator:
 
         if prompt.contexts:
             with self.assemble(prompt, figures) as cache:
+                if settings.single:
+                    figures.reused = self._tails.restore(cache.name, prompt.query, cache)
                 sequence = generate(past_key_values=cache)
+                behind = sequence[len(logical) - len(prompt.query) :]
+                self._tails.keep(cache.name, behind, cache)
         else:
             sequence = generate()
         sink.finish(sequence)
@@ -424,7 +434,7 @@ class APEGenerator:
         return logits[0]
 
     def clear_assembled(self, *, keep_memory: bool = False) -> None:
-        """Forget the assembled context sets that no generation is using.
+        """Forget assembled context sets that no generation is using, and what followed them.
 
         Parameters
         ----------
@@ -432,11 +442,13 @@ class APEGenerator:
             Keep their buffers for the next sets instead of giving the memory back.
         """
         self._sets.clear(keep_memory=keep_memory)
+        self._tails.clear()
 
     def close(self) -> None:
         """Finish background work, write what is pending, and give memory back."""
         self._background.shutdown(wait=True)
         self._sets.clear()
+        self._tails.clear()
         self.store.flush()
 
 
@@ -457,6 +469,7 @@ def _result(
             "hits": figures.hits,
             "misses": figures.misses,
             "bytes_loaded": figures.bytes_loaded,
+            "tokens_reused": figures.reused,
         },
         timings={
             "load": figures.load,

@@ -35,6 +35,7 @@ class Figures:
     hits: int = 0
     misses: int = 0
     bytes_loaded: int = 0
+    reused: int = 0
     load: float = 0.0
     encode: float = 0.0
     first_token: float = 0.0

@@ -195,6 +195,34 @@ def test_eos_of_the_call_on_the_last_token_is_a_stop(generator: APEGenerator) ->
     assert result.finish_reason == "stop"
 
 
+def test_next_turn_of_a_chat_starts_from_the_states_of_the_last(
+    model: LlamaForCausalLM, generator: APEGenerator
+) -> None:
+    """The second turn reads only what is new, and its tokens are those of a fresh start."""
+    kwargs = {"do_sample": False, "logits_processor": [letters_only]}
+    first = generator.generate(PREFIX, DOCUMENTS, QUERY, **kwargs)
+    assert first.cache["tokens_reused"] == 0
+    turn = f"{QUERY}{first.text}\nAnd who welds?"
+    second = generator.generate(PREFIX, DOCUMENTS, turn, **kwargs)
+    fresh = APEGenerator(model, byte_tokenizer(), MemoryKVStore(), APEConfig(max_new_tokens=12))
+    assert second.token_ids == fresh.generate(PREFIX, DOCUMENTS, turn, **kwargs).token_ids
+    # All of the first turn but its last token, which was never read.
+    assert second.cache["tokens_reused"] == len(QUERY) + 12 - 1
+    again = generator.generate(PREFIX, DOCUMENTS, turn, **kwargs)
+    assert again.token_ids == second.token_ids
+    assert again.cache["tokens_reused"] == len(turn) - 1
+    other = generator.generate(PREFIX, DOCUMENTS[:2], turn, **kwargs)
+    assert other.cache["tokens_reused"] == 0
+
+
+def test_tails_stay_within_their_budget(model: LlamaForCausalLM) -> None:
+    for budget, expected in ((0, 0), (1, 0), (1 << 20, len(QUERY) - 1)):
+        generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore(), tail_bytes=budget)
+        for _ in range(2):
+            result = generator.generate(PREFIX, DOCUMENTS, QUERY, max_new_tokens=2)
+        assert result.cache["tokens_reused"] == expected
+
+
 def test_seeded_sampling_repeats_whatever_other_threads_draw(generator: APEGenerator) -> None:
     def sample(seed: int) -> list[int]:
         return generator.generate(
