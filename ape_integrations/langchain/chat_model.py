@@ -19,13 +19,14 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field
+from transformers import StoppingCriteria
 
 from ape_integrations.core.chat import render_chat
 from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
-from ape_integrations.langchain.concurrency import iterate, run_generation
+from ape_integrations.langchain.concurrency import iterate, run_generation, stopped_by
 from ape_integrations.langchain.messages import documents_in, to_template_messages
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 from ape_integrations.langchain.structured import (
@@ -57,8 +58,9 @@ class _Call:
     form: ToolFormat | None = None
     opening: str = ""  # how a forced tool call begins; part of the prompt and of the answer
 
-    def generate(self, **generation_kwargs: Any) -> GenerationResult:
-        return self.generator.generate_prompt(self.prompt, **generation_kwargs)
+    def generate(self, *criteria: StoppingCriteria) -> GenerationResult:
+        generation = stopped_by(self.generation, *criteria)
+        return self.generator.generate_prompt(self.prompt, **generation)
 
     def stream(self) -> GenerationStream:
         return self.generator.stream_prompt(self.prompt, **self.generation)
@@ -68,11 +70,13 @@ class _Call:
         if self.form is None:
             return ToolCalls(result.text)
         # The marks of a tool call may be special tokens, which the text does not show.
-        answer: str = self.generator.tokenizer.decode(
+        answer = self.generator.tokenizer.decode(
             result.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        found = parse_tool_calls(self.opening + answer, self.tool_names)
-        return found if found.calls or found.invalid else ToolCalls(result.text)
+        found = parse_tool_calls(f"{self.opening}{answer}", self.tool_names)
+        if found.calls or found.invalid:
+            return found
+        return ToolCalls(self.opening + result.text)
 
 
 class ChatAPE(APESettings, BaseChatModel):
@@ -121,19 +125,9 @@ class ChatAPE(APESettings, BaseChatModel):
     def _llm_type(self) -> str:
         return "ape-chat"
 
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """Return True: a model that is named, not loaded, is described by its arguments."""
-        return True
-
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {**self._answer_params(), "template_kwargs": self.template_kwargs}
-
-    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        # The base class would key its cache on the constructor's arguments alone.
-        params = {**self._get_invocation_params(stop=stop, **kwargs), **kwargs}
-        return str(sorted(params.items()))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
@@ -226,7 +220,7 @@ class ChatAPE(APESettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._prepare(messages, stop, kwargs)
-        return _chat_result(call, call.generate(**call.generation))
+        return _chat_result(call, call.generate())
 
     async def _agenerate(
         self,
@@ -235,11 +229,11 @@ class ChatAPE(APESettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        def generate(**criteria: Any) -> ChatResult:
+        def generate(cancellation: StoppingCriteria) -> ChatResult:
             call = self._prepare(messages, stop, kwargs)
-            return _chat_result(call, call.generate(**{**call.generation, **criteria}))
+            return _chat_result(call, call.generate(cancellation))
 
-        return await run_generation(generate, kwargs)
+        return await run_generation(generate)
 
     def _stream(
         self,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 
 from ape_integrations.core.generation import GenerationStream
 
@@ -29,18 +29,26 @@ class _Cancellation(StoppingCriteria):
         return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
 
 
-async def run_generation(generate: Callable[..., T], generation_kwargs: dict[str, Any]) -> T:
-    """Call ``generate(**generation_kwargs)`` in a worker thread.
+def stopped_by(generation_kwargs: dict[str, Any], *criteria: StoppingCriteria) -> dict[str, Any]:
+    """Return arguments for the generator with more stopping criteria."""
+    if not criteria:
+        return generation_kwargs
+    given = generation_kwargs.get("stopping_criteria") or []
+    return {**generation_kwargs, "stopping_criteria": [*given, *criteria]}
 
-    Cancelling the task stops the generation after the current token.
+
+async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
+    """Generate in a worker thread.
+
+    Parameters
+    ----------
+    generate : callable
+        Is given a stopping criterion, with which cancelling the task stops the generation after
+        the current token.
     """
     cancellation = _Cancellation()
-    criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria") or [])
-    criteria.append(cancellation)
     try:
-        return await asyncio.to_thread(
-            generate, **{**generation_kwargs, "stopping_criteria": criteria}
-        )
+        return await asyncio.to_thread(generate, cancellation)
     except asyncio.CancelledError:
         cancellation.requested.set()
         raise

@@ -94,13 +94,11 @@ class EngineSettings:
     @property
     def key(self) -> Hashable:
         """Equal for settings that one generator can serve."""
-        path = self.store is None or isinstance(self.store, str)
+        store = _resolved(self.store) if isinstance(self.store, str) else id(self.store)
         return (
-            str(Path(self.model).resolve())
-            if self.model and Path(self.model).exists()
-            else self.model,
+            _resolved(self.model) if self.model and Path(self.model).exists() else self.model,
             self.loaded and self.loaded.identity,
-            (self.store and str(Path(str(self.store)).resolve())) if path else id(self.store),
+            store if self.store is not None else None,
             self.config,
             repr(sorted(self.load_kwargs.items())),
             self.capture,
@@ -184,6 +182,10 @@ def engines() -> list[Engine]:
     """Return all engines that somebody holds."""
     with _engines_lock:
         return list(_engines.values())
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _demo_model() -> str:

@@ -10,10 +10,11 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from transformers import StoppingCriteria
 
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
-from ape_integrations.langchain.concurrency import iterate, run_generation
+from ape_integrations.langchain.concurrency import iterate, run_generation, stopped_by
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 
 
@@ -35,11 +36,6 @@ class APELanguageModel(APESettings, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "ape"
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """Return True: a model that is named, not loaded, is described by its arguments."""
-        return True
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -65,10 +61,19 @@ class APELanguageModel(APESettings, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
+        return self._complete(prompts, stop, kwargs)
+
+    def _complete(
+        self,
+        prompts: list[str],
+        stop: list[str] | None,
+        kwargs: dict[str, Any],
+        *criteria: StoppingCriteria,
+    ) -> LLMResult:
         generator, name, generation = self._prepare(stop, kwargs)
-        return _llm_result(
-            [generator.generate_prompt(prompt, **generation) for prompt in prompts], name
-        )
+        generation = stopped_by(generation, *criteria)
+        results = [generator.generate_prompt(prompt, **generation) for prompt in prompts]
+        return _llm_result(results, name)
 
     async def _agenerate(
         self,
@@ -77,10 +82,10 @@ class APELanguageModel(APESettings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        def generate(**call_kwargs: Any) -> LLMResult:
-            return self._generate(prompts, stop, **call_kwargs)
+        def generate(cancellation: StoppingCriteria) -> LLMResult:
+            return self._complete(prompts, stop, kwargs, cancellation)
 
-        return await run_generation(generate, kwargs)
+        return await run_generation(generate)
 
     def _stream(
         self,
