@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
 import re
 import sqlite3
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
@@ -18,6 +16,7 @@ from pathlib import Path
 import diskcache
 
 from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.store.at_exit import call_at_exit
 from ape_integrations.store.base import (
     Destination,
     KVSpec,
@@ -121,7 +120,7 @@ class DiskKVStore(LoadsByGet):
         if not writable:
             self._storing.begin("the directory is read-only")
         self._encoding = EncodingLocks(self.directory / "locks")
-        _close_at_exit(self)
+        call_at_exit(self, DiskKVStore.close)
 
     def __repr__(self) -> str:
         return f"DiskKVStore({str(self.directory)!r}, size_limit={self._size_limit})"
@@ -305,9 +304,7 @@ class DiskKVStore(LoadsByGet):
 
     def _find(self, full_key: str) -> EntryRow | None:
         try:
-            row = self._index.find(full_key)
-            self._reading.end()
-            return row
+            return self._index.find(full_key)
         except _MEDIUM_FAULTS as error:
             self._reading.begin(_describe(error))
             self._index.close()
@@ -318,7 +315,9 @@ class DiskKVStore(LoadsByGet):
             if row.file is None:
                 raise EntryError("is not an entry file")
             with self._files.open(row.file) as source:
-                return deserialize(source, row.key, spec, destination, self._kv_dtype)
+                nbytes = deserialize(source, row.key, spec, destination, self._kv_dtype)
+            self._reading.end()
+            return nbytes
         except (EntryError, FileNotFoundError) as error:
             # The file may have been replaced between the two looks; then the new one stays.
             if self._remove(row.key, row.file):
@@ -364,7 +363,7 @@ class DiskKVStore(LoadsByGet):
         try:
             return self._index.remove(full_key, file)
         except _MEDIUM_FAULTS as error:
-            self._reading.begin(_describe(error))
+            self._storing.begin(_describe(error))
             self._index.close()
             return False
 
@@ -390,16 +389,3 @@ def _by_tag(rows: Iterable[EntryRow]) -> dict[str, TagStats]:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _close_at_exit(store: DiskKVStore) -> None:
-    """Close the store when the interpreter ends, without keeping it alive until then."""
-    reference = weakref.ref(store)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close()
-
-    atexit.register(close)
-    weakref.finalize(store, atexit.unregister, close)

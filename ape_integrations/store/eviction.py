@@ -20,7 +20,7 @@ Execute = Callable[..., sqlite3.Cursor]
 PROBATION_SHARE = 0.1
 """Share of the limit up to which entries on probation may displace protected ones."""
 
-REMEMBERED_PER_ENTRY = 16
+REMEMBERED_PER_ENTRY = 32
 """Evicted keys that are remembered, per stored entry. A key takes about 100 bytes."""
 
 REMEMBERED_RANGE = (1_000, 100_000)

@@ -54,7 +54,9 @@ def open_index(directory: Path, files: EntryFiles) -> tuple[EntryIndex, bool]:
     if not is_writable(directory):
         return cast("EntryIndex", ReadOnlyIndex(directory)), False
     _refuse_other_applications(directory)
-    index = _open_sound(directory, files) or _rebuild(directory, files)
+    index = _open_sound(directory, files)
+    if index is None:
+        index = _rebuild(directory, files)
     abandoned = list(find_orphans(index, files, remove=True))
     if abandoned:
         logger.info("Removed %d files of killed writers from %s.", len(abandoned), directory)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 from ape_integrations.core.errors import ConfigError
+from ape_integrations.store.at_exit import call_at_exit
 from ape_integrations.store.base import (
     Destination,
     KVSpec,
@@ -66,7 +64,7 @@ class TieredKVStore(LoadsByGet):
         self._promoting: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._locking: KVStore = next((t for t in tiers if isinstance(t, DiskKVStore)), tiers[0])
-        _flush_at_exit(self)
+        call_at_exit(self, TieredKVStore.flush)
 
     def __repr__(self) -> str:
         return f"TieredKVStore({', '.join(map(repr, self.tiers))})"
@@ -218,17 +216,3 @@ def _put(tier: KVStore, key: str, states: KVStates, tag: str) -> None:
         tier.adopt(key, states, tag)
     else:
         tier.put(key, states, tag=tag)
-
-
-def _flush_at_exit(store: TieredKVStore) -> None:
-    """Write what is pending when the interpreter ends, without keeping the store alive."""
-    reference = weakref.ref(store)
-
-    def flush() -> None:
-        alive = reference()
-        if alive is not None:
-            with contextlib.suppress(Exception):
-                alive.flush()
-
-    atexit.register(flush)
-    weakref.finalize(store, atexit.unregister, flush)

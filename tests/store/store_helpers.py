@@ -10,6 +10,8 @@ import sqlite3
 import string
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +155,7 @@ def mixed_load(
                     store.put(key, states, tag=f"model-{number % 3}")
                 elif action < 0.94:
                     with store.pin([key]):
-                        if store.put(key, states) and not same(
-                            store.get(key, states.spec), states
-                        ):
+                        if store.put(key, states) and not same(store.get(key, states.spec), states):
                             # Another process may replace or delete a pinned entry; never change it.
                             continue
                 elif action < 0.97:
@@ -180,3 +180,15 @@ def kill(process: Any) -> None:
     """End a process the hard way."""
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
+
+
+def run_as(user: int, scenario: Callable[[Path], object], directory: Path, errors: Any) -> None:
+    """Give up all rights but those of `user`, run something, and report how it went."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    try:
+        scenario(directory)
+        errors.put(None)
+    except BaseException:
+        errors.put(traceback.format_exc())

@@ -80,6 +80,14 @@ def test_limit_holds_exactly(directory):
     assert store.stats().entries == 5
 
 
+def test_opening_an_empty_store_leaves_its_index_alone(directory):
+    DiskKVStore(directory)
+    inode = (directory / "cache.db").stat().st_ino
+    DiskKVStore(directory)
+    assert (directory / "cache.db").stat().st_ino == inode
+    assert not (directory / "rebuild.lock").exists()
+
+
 def test_limit_of_a_reopened_store_is_the_new_one(directory):
     DiskKVStore(directory, 10 * ENTRY).close()
     store = DiskKVStore(directory, 10 * ENTRY)
@@ -123,9 +131,7 @@ def test_pins_hold_in_other_processes_and_die_with_their_holder(directory):
     store = DiskKVStore(directory, limit)
     store.put("pinned", make_states(1))
     ready, done = SPAWN.Event(), SPAWN.Event()
-    process = SPAWN.Process(
-        target=hold_pin, args=(str(directory), limit, "pinned", ready, done)
-    )
+    process = SPAWN.Process(target=hold_pin, args=(str(directory), limit, "pinned", ready, done))
     process.start()
     assert ready.wait(60)
     for number in range(5):
@@ -156,7 +162,9 @@ def test_namespaces_share_one_limit(directory):
     assert bytes_of_entries(directory) <= 3 * ENTRY
 
 
-@pytest.mark.parametrize("setting", [{"namespace": "a/b"}, {"kv_dtype": "int4"}, {"size_limit": "x"}])
+@pytest.mark.parametrize(
+    "setting", [{"namespace": "a/b"}, {"kv_dtype": "int4"}, {"size_limit": "x"}]
+)
 def test_bad_settings_are_clear_errors_and_leave_nothing(directory, setting):
     with pytest.raises(ConfigError):
         DiskKVStore(directory, **setting)
