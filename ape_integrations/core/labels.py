@@ -50,7 +50,7 @@ class Labels:
         self._lock = threading.Lock()
         self._label_shapes: OrderedDict[str, None] = OrderedDict()
         self._trailer_shapes: OrderedDict[str, None] = OrderedDict()
-        self._decided: OrderedDict[str, int] = OrderedDict()
+        self._decided: OrderedDict[tuple[int, int], int] = OrderedDict()
 
     def divide(self, gaps: Sequence[str]) -> list[Gap]:
         """Divide the texts between the contexts of one prompt."""
@@ -83,12 +83,13 @@ class Labels:
         plain = [gap for gap in gaps if not gap.moved]
         if plain:
             return self._match_label(head, _shapes(gap.label for gap in plain))
+        key = (len(head), hash(head))
         with self._lock:
-            known = self._decided.get(head)
+            known = self._decided.get(key)
         length = self._single_label(head) if known is None else known
         with self._lock:
-            self._decided[head] = length
-            self._decided.move_to_end(head)
+            self._decided[key] = length
+            self._decided.move_to_end(key)
             if len(self._decided) > _REMEMBERED:
                 self._decided.popitem(last=False)
         return length
@@ -120,12 +121,12 @@ class Labels:
         return 0
 
     def _match_trailer(self, tail: str, shapes: Sequence[str]) -> int:
-        breaks = [match.start() for match in _BREAK.finditer(tail, 0, _SEARCHED)]
+        tail = tail[: self._markup.first_token(tail[:_SEARCHED])]
+        breaks = [match.start() for match in _BREAK.finditer(tail)]
         for wanted in shapes:
             lines = wanted.count("\n") + 1
             end = breaks[lines - 1] if len(breaks) >= lines else len(tail)
-            trailer = tail[:end]
-            if shape(trailer) == wanted and not self._markup.has_token(trailer):
+            if shape(tail[:end]) == wanted:
                 return end
         return 0
 

@@ -70,6 +70,11 @@ class ChatMarkup:
         """Whether a special token occurs in a text."""
         return self._token.search(text) is not None
 
+    def first_token(self, text: str) -> int:
+        """Where the first special token begins; without one, the length of the text."""
+        match = self._token.search(text)
+        return match.start() if match else len(text)
+
     def token_ends(self, text: str) -> list[int]:
         """Positions right after each special token."""
         return [match.end() for match in self._token.finditer(text)]

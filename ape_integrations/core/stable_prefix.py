@@ -62,7 +62,7 @@ class PrefixMemory:
         self._markup = markup
         self._max_heads = max_heads
         self._lock = threading.Lock()
-        self._cuts: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._cuts: OrderedDict[tuple[int, int], tuple[_Head, int]] = OrderedDict()
         self._heads: OrderedDict[str, _Head] = OrderedDict()
 
     def cut(self, head: str, tail: str, queries: Sequence[str]) -> int:
@@ -77,28 +77,31 @@ class PrefixMemory:
         queries : sequence of str
             Known query strings.
         """
+        key = (len(head), hash(head))  # long conversations are not kept whole
         with self._lock:
-            if head not in self._cuts:
-                self._cuts[head] = self._decide(head, queries)
-            self._cuts.move_to_end(head)
-            constant, cut = self._cuts[head]
-            if constant in self._heads:
-                self._heads[constant].note(head, tail)
-                self._heads.move_to_end(constant)
-            for memory in (self._cuts, self._heads):
-                if len(memory) > self._max_heads:
-                    memory.popitem(last=False)
+            if key not in self._cuts:
+                self._cuts[key] = self._decide(head, queries)
+            self._cuts.move_to_end(key)
+            known, cut = self._cuts[key]
+            known.note(head, tail)
+            self._heads[known.text] = known
+            self._heads.move_to_end(known.text)
+            while len(self._cuts) > self._max_heads:
+                self._cuts.popitem(last=False)
+            while len(self._heads) > self._max_heads:
+                self._heads.popitem(last=False)
             return cut
 
-    def _decide(self, head: str, queries: Sequence[str]) -> tuple[str, int]:
+    def _decide(self, head: str, queries: Sequence[str]) -> tuple[_Head, int]:
         """Return what the prompt itself shows to be constant, and how much of that to keep."""
         by_query = query_cut(head, queries, self._markup)
         limit = min(by_query, turn_cut(head, self._markup))
         text = head[:limit]
-        if text not in self._heads:
+        known = self._heads.get(text)
+        if known is None:
             rest = head[by_query : by_query + _REST] if by_query == limit else ""
-            self._heads[text] = _Head(text, self._compare(text, patience=2 if queries else 1), rest)
-        return text, self._heads[text].cut
+            known = _Head(text, self._compare(text, patience=2 if queries else 1), rest)
+        return known, known.cut
 
     def _compare(self, text: str, patience: int) -> int:
         """Cut a head not seen before where it leaves what it has in common with earlier ones.

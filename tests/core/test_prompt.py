@@ -249,6 +249,17 @@ def test_document_tags_stay_with_their_documents_at_any_rank() -> None:
         assert (parts.prefix, parts.query) == ("Read.\n<docs>\n", "\n</docs>\nWhy?")
 
 
+def test_labels_of_two_tool_results_stay_with_their_documents() -> None:
+    turn = "<|im_end|>\n<|im_start|>assistant\nMore.<|im_end|>\n<|im_start|>tool\n"
+    labelled = [f"Title: {bird[:5]}\nContent: {bird}\nSource: {bird[:3]}.txt" for bird in BIRDS]
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    parts = splitter(*BIRDS).split(
+        f"<|im_start|>tool\n{labelled[0]}\n\n{labelled[1]}{turn}{labelled[2]}{tail}"
+    )
+    assert parts.contexts == tuple(labelled)
+    assert parts.query == f"{turn}{tail}"
+
+
 def test_long_text_between_contexts_moves_to_the_query_in_order() -> None:
     story = "Then the keeper said " + "that nothing had changed " * 12
     parts = splitter(HERON, EGRET).split(f"Read:\n{HERON}\n\n{story}\n\n{EGRET}\n\nWhy?")
@@ -310,6 +321,16 @@ def test_same_prompt_is_always_split_the_same_way() -> None:
     assert [split(prompt) for prompt in prompts] == first
 
 
+def test_prompt_keeps_its_prefix_when_its_question_becomes_known_later() -> None:
+    registry = ContextRegistry()
+    registry.register(BIRDS)
+    split = PromptSplitter(registry).split
+    prompt = QUESTION_FIRST.format(q="Why wade?", c=HERON)
+    first = split(prompt)
+    registry.register([], query="Why wade?")
+    assert split(prompt) == first
+
+
 def test_existing_answers_of_a_refine_chain_do_not_spoil_the_prefix() -> None:
     head = (
         "You refine answers about birds with more notes.\nThe question: {q}\n"
@@ -362,6 +383,15 @@ def test_heads_without_anything_in_common_converge_in_the_end() -> None:
     topics = [chr(97 + n % 26) + str(n) + " in its own words" for n in range(50)]
     prefixes = [split(f"{topic}\n\n{HERON}\n\nExplain.").prefix for topic in topics]
     assert len(set(prefixes[30:])) == 1
+
+
+def test_head_that_saw_different_questions_does_not_make_a_similar_one_look_varying() -> None:
+    shared = "You are a careful ornithologist who answers from notes.\n"
+    split = splitter(HERON).split
+    for question in QUESTIONS[:3]:
+        split(f"{shared}Notes follow.\n{HERON}\nQuery: {question}")
+    other = f"{shared}Several sources are given.\n"
+    assert split(f"{other}{HERON}\nQuery: why?").prefix == other
 
 
 def test_two_pipelines_are_stable_without_known_questions_too() -> None:
