@@ -15,6 +15,7 @@ from ape_integrations.store.base import (
 )
 from ape_integrations.store.disk import DiskKVStore
 from ape_integrations.store.memory import MemoryKVStore
+from ape_integrations.store.redis import RedisKVStore
 from ape_integrations.store.tiered import TieredKVStore
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "KVStore",
     "LayerSpec",
     "MemoryKVStore",
+    "RedisKVStore",
     "StoreStats",
     "TagStats",
     "TieredKVStore",

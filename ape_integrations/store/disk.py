@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import diskcache
 
-from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.core.errors import StoreError
 from ape_integrations.store.at_exit import call_at_exit
 from ape_integrations.store.base import (
     Destination,
@@ -30,13 +29,12 @@ from ape_integrations.store.base import (
 from ape_integrations.store.directory import prepare_directory
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryRow, StoredFile
+from ape_integrations.store.keys import KeySpace
 from ape_integrations.store.maintenance import VerifyReport, verify_store
 from ape_integrations.store.outage import Outage
 from ape_integrations.store.pins import Pins
-from ape_integrations.store.quantization import check_kv_dtype
 from ape_integrations.store.recovery import open_index
 from ape_integrations.store.serialization import (
-    FORMAT_VERSION,
     EntryError,
     deserialize,
     serialize,
@@ -47,8 +45,6 @@ from ape_integrations.store.usage import PendingUsage
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{0,100}")
-_KEY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
 _MEDIUM_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
 
 
@@ -95,13 +91,7 @@ class DiskKVStore(LoadsByGet):
         retry_after: float = 60.0,
     ) -> None:
         self._size_limit = parse_size(size_limit)
-        self._kv_dtype = check_kv_dtype(kv_dtype)
-        if not _NAME.fullmatch(namespace):
-            raise ConfigError(
-                f"namespace={namespace!r} may only hold letters, digits, '.', '_' and '-'."
-            )
-        self._namespace = namespace
-        self._prefix = f"v{FORMAT_VERSION}/{namespace}/{kv_dtype}/"
+        self._keys = KeySpace(namespace, kv_dtype)
         self.directory: Path = prepare_directory(directory, trust_directory)
         self._files = EntryFiles(self.directory)
         self._pins = Pins(self._files)
@@ -132,12 +122,12 @@ class DiskKVStore(LoadsByGet):
 
     def contains(self, key: str) -> bool:
         """Tell whether `key` is stored, without reading it."""
-        return self._find(self._full_key(key)) is not None
+        return self._find(self._keys.full(key)) is not None
 
     def load(self, key: str, spec: KVSpec, destination: Destination) -> int | None:
         """Read an entry into memory that the caller owns; see `KVStore.load`."""
         check_destination(spec, destination)
-        full_key = self._full_key(key)
+        full_key = self._keys.full(key)
         row = self._find(full_key)
         nbytes = self._read(row, spec, destination) if row else None
         if nbytes is None:
@@ -150,7 +140,7 @@ class DiskKVStore(LoadsByGet):
 
     def peek(self, key: str, spec: KVSpec) -> tuple[KVStates, str] | None:
         """Return an entry and its tag without counting a use, for tiers."""
-        row = self._find(self._full_key(key))
+        row = self._find(self._keys.full(key))
         destination = spec.allocate()
         if row is None or self._read(row, spec, destination) is None:
             return None
@@ -158,7 +148,7 @@ class DiskKVStore(LoadsByGet):
 
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store the states of one context; see `KVStore.put`."""
-        full_key = self._full_key(key)
+        full_key = self._keys.full(key)
         stored = False
         if not self._storing.active:
             try:
@@ -175,17 +165,17 @@ class DiskKVStore(LoadsByGet):
 
     def pin(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """Keep these entries from being evicted, by any process, inside a ``with`` block."""
-        return self._pin([self._full_key(key) for key in keys])
+        return self._pin([self._keys.full(key) for key in keys])
 
     def encoding_lock(
         self, keys: str | Iterable[str], timeout: float = 0.0
     ) -> AbstractContextManager[frozenset[str]]:
         """Agree with all threads and processes on who encodes; see `KVStore.encoding_lock`."""
-        return self._encoding.hold(keys, timeout, self._prefix)
+        return self._encoding.hold(keys, timeout, self._keys.prefix)
 
     def delete(self, key: str) -> bool:
         """Remove an entry; False where there was none."""
-        return self._remove(self._full_key(key))
+        return self._remove(self._keys.full(key))
 
     def clear(self, *, all_namespaces: bool = False) -> int:
         """Remove all entries, of this namespace or of all, and return their number."""
@@ -200,7 +190,7 @@ class DiskKVStore(LoadsByGet):
             Include entries of other namespaces.
         """
         self._write_usage()
-        scope = "*" if all_namespaces else f"v*/{self._namespace}/*"
+        scope = "*" if all_namespaces else f"v*/{self._keys.namespace}/*"
         with contextlib.suppress(*_MEDIUM_FAULTS):
             return list(self._index.rows(scope))
         return []
@@ -247,7 +237,7 @@ class DiskKVStore(LoadsByGet):
         """
         self._write_usage()
         try:
-            return verify_store(self._index, self._files, f"v{FORMAT_VERSION}/", repair)
+            return verify_store(self._index, self._files, self._keys.version, repair)
         except _MEDIUM_FAULTS as error:
             raise StoreError(f"Cannot verify {self.directory}: {_describe(error)}.") from error
 
@@ -297,11 +287,6 @@ class DiskKVStore(LoadsByGet):
         self._write_usage()
         self._index.close()
 
-    def _full_key(self, key: str) -> str:
-        if not _KEY.fullmatch(key):
-            raise ConfigError(f"{key[:50]!r} is not a key; keys are hashes in hexadecimal digits.")
-        return self._prefix + key
-
     def _find(self, full_key: str) -> EntryRow | None:
         try:
             return self._index.find(full_key)
@@ -315,7 +300,7 @@ class DiskKVStore(LoadsByGet):
             if row.file is None:
                 raise EntryError("is not an entry file")
             with self._files.open(row.file) as source:
-                nbytes = deserialize(source, row.key, spec, destination, self._kv_dtype)
+                nbytes = deserialize(source, row.key, spec, destination, self._keys.kv_dtype)
             self._reading.end()
             return nbytes
         except (EntryError, FileNotFoundError) as error:
@@ -328,7 +313,7 @@ class DiskKVStore(LoadsByGet):
         return None
 
     def _write(self, full_key: str, states: KVStates, tag: str) -> bool:
-        buffers = serialize(full_key, states, self._kv_dtype)
+        buffers = serialize(full_key, states, self._keys.kv_dtype)
         nbytes = sum(len(buffer) for buffer in buffers)
         if nbytes > self._size_limit:
             logger.warning("An entry of %d bytes exceeds the limit %d.", nbytes, self._size_limit)

@@ -44,6 +44,10 @@ class Outage:
             self._retry_after,
         )
 
+    def note(self, message: str) -> None:
+        """Log something that needs no switching off."""
+        logger.warning("%s: %s.", self._what, message)
+
     def end(self) -> None:
         """Note that the medium works."""
         if self._failed_at is None:

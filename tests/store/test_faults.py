@@ -23,7 +23,6 @@ from store_helpers import (
 
 from ape_integrations.core.errors import StoreError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore, serialization
-from ape_integrations.store import disk as disk_module
 from ape_integrations.store.serialization import entry_nbytes
 
 SPEC = spec_of()
@@ -253,7 +252,6 @@ def test_two_format_versions_share_a_directory_without_harm(tmp_path, monkeypatc
     old.put("k", make_states(1))
     with monkeypatch.context() as patch:
         patch.setattr(serialization, "FORMAT_VERSION", 2)
-        patch.setattr(disk_module, "FORMAT_VERSION", 2)
         new = DiskKVStore(tmp_path / "kv", 4 * ENTRY)
         assert new.get("k", SPEC) is None
         assert new.put("k", make_states(2))
