@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -386,6 +386,9 @@ def check_destination(spec: KVSpec, destination: Destination) -> None:
                 )
 
 
+_Store = TypeVar("_Store", bound=KVStore)
+
+
 class LoadsByGet:
     """What every store shares: `get`, ``in`` and the ``with`` statement."""
 
@@ -399,7 +402,7 @@ class LoadsByGet:
     def __contains__(self: KVStore, key: str) -> bool:
         return self.contains(key)
 
-    def __enter__(self: KVStore) -> KVStore:
+    def __enter__(self: _Store) -> _Store:
         return self
 
     def __exit__(self: KVStore, *exc_info: object) -> None:

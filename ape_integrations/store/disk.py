@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -267,7 +268,7 @@ class DiskKVStore(LoadsByGet):
         """
         removed = 0
         if older_than is not None or tag is not None:
-            latest = time.time() - (older_than or 0.0)
+            latest = time.time() - older_than if older_than is not None else math.inf
             for row in self.rows(all_namespaces=True):
                 if row.used <= latest and fnmatchcase(row.tag, tag if tag is not None else "*"):
                     removed += self._remove(row.key, row.file)
