@@ -196,8 +196,8 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     except Exception:
         told = ""
     bos = str(tokenizer.bos_token or "")
-    header = told[: told.find(system)].removeprefix(bos) if system in told else ""
-    if header.strip() and header.strip() != markers.get("user", "").strip():
+    header = told[: told.find(system)].lstrip().removeprefix(bos) if system in told else ""
+    if header.strip() != markers.get("user", "").strip():
         markers["system"] = header
     return {role: marker for role, marker in markers.items() if marker.strip()}
 

@@ -119,6 +119,6 @@ class ChatMarkup:
 
 
 def _marker_pattern(marker: str) -> str:
-    # A header without a special token ("User:") counts at the start of a line only.
+    # A header without a special token ("User:") counts at the start of a line or message only.
     pattern = re.escape(marker)
-    return pattern if re.match(r"[<\[]", marker) else rf"(?<![^\n]){pattern}"
+    return pattern if re.match(r"[<\[]", marker) else rf"(?:(?<![^\n])|(?<=[>\]]))[ \t]*{pattern}"

@@ -19,7 +19,7 @@ _TAG = r"<[/!?|\w\uff5c]"
 _WORD_END = re.compile(rf"[ \t]*(?:\Z|[\r\n]|{_TAG})")
 _TEXT_END = re.compile(
     rf"[ \t]*(?:\Z|[\r\n]|{_TAG}|\\[nr]|\[/?[A-Z_]{{3,}}\]|[\]}})|]|-{{3}}|={{3}}|\#{{2}}|\*{{2}}"
-    rf"|[\"'`]{{1,3}}[ \t]*(?:\Z|[\]}}).,:;\r\n]|{_TAG}|\\[nr]))"
+    rf"|,[ \t]*\"|[\"'`]{{1,3}}[ \t]*(?:\Z|[\]}}).,:;\r\n]|{_TAG}|\\[nr]))"
 )
 _LABEL_AFTER = re.compile(r"[ \t]+[A-Z][\w ]{0,24}:")
 _LONGEST_WORD = 32  # characters; longer text without a space is a sentence of a script without

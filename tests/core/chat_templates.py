@@ -94,7 +94,8 @@ MISTRAL = (
     "{% if loop.first and system is defined %}{{ system + '\\n\\n' }}{% endif %}"
     "{{ message.content + '[/INST]' }}"
     "{% elif message.role == 'tool' %}"
-    "{{ '[TOOL_RESULTS] {\"content\": ' + message.content + '}[/TOOL_RESULTS]' }}"
+    "{{ '[TOOL_RESULTS] {\"content\": ' + message.content }}"
+    "{{ ', \"call_id\": \"' ~ message.tool_call_id ~ '\"}[/TOOL_RESULTS]' }}"
     "{% elif message.tool_calls %}"
     "{{ '[TOOL_CALLS] [' }}{% for call in message.tool_calls %}"
     "{% if call.id | length != 9 %}{{ raise_exception('Tool call ids have nine characters.') }}"
@@ -128,6 +129,14 @@ GRANITE = (
     "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
 
+# Headers in words, separated by one token; other roles vanish.
+WORDS = (
+    "{% for message in messages %}{% if message.role != 'tool' %}"
+    "{{ 'The ' + message.role + ': ' + message.content + '<|end_of_turn|>' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'The assistant:' }}{% endif %}"
+)
+
 # No markup at all.
 TEXT = (
     "{% for message in messages %}"
@@ -144,6 +153,7 @@ FAMILIES = {
     "phi": PHI,
     "zephyr": ZEPHYR,
     "granite": GRANITE,
+    "words": WORDS,
     "text": TEXT,
 }
 
@@ -156,6 +166,7 @@ _TOKENS = {
     "phi": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "zephyr": [],
     "granite": ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"],
+    "words": ["<|end_of_turn|>"],
     "text": [],
 }
 

@@ -134,7 +134,7 @@ def test_tool_turns_become_text_where_the_template_has_none(family: str) -> None
 
 def test_tool_call_ids_are_shortened_where_the_template_demands_it() -> None:
     text = render_chat(chat_tokenizer("mistral"), CONVERSATIONS["tool result"])
-    assert '[TOOL_RESULTS] {"content": Herons are grey.}' in text
+    assert '[TOOL_RESULTS] {"content": Herons are grey., "call_id": "' in text
 
 
 def test_tools_reach_a_template_that_has_a_place_for_them() -> None:
@@ -264,6 +264,7 @@ MARKERS = {
         "<|start_of_role|>user<|end_of_role|>",
         "<|start_of_role|>assistant<|end_of_role|>",
     ),
+    "words": ("The user: ", "The assistant:"),
     "text": ("USER: ", "ASSISTANT: "),
 }
 

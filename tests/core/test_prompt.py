@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ape_integrations.core.chat import render_chat, template_special_tokens, turn_markers
@@ -799,6 +799,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(PIECES, max_size=14).map("".join), min_size=1, max_size=4), st.booleans())
 def test_no_letter_is_lost_and_the_same_prompt_is_split_the_same_way(
     prompts: list[str], reorder: bool
@@ -813,6 +814,7 @@ def test_no_letter_is_lost_and_the_same_prompt_is_split_the_same_way(
         assert split(prompt).prefix == parts.prefix
 
 
+@settings(deadline=None)
 @given(st.permutations(BIRDS), st.text("ab:\n ", max_size=40), st.text("ab:\n ", max_size=40))
 def test_contexts_are_found_in_any_surroundings(birds: list[str], before: str, after: str) -> None:
     prompt = before + "\n" + "\n\n".join(birds) + "\n" + after

@@ -7,7 +7,7 @@ import random
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ape_integrations.core.registry import ContextRegistry, TextIndex
@@ -110,6 +110,7 @@ SHORT = st.text("ab", min_size=1, max_size=11)
 LONG = st.text("ab", max_size=8).map("one head for all ".__add__)
 
 
+@settings(deadline=None)
 @given(
     st.lists(SHORT | LONG, max_size=30),
     st.lists(SHORT | LONG, max_size=4).map("".join),
