@@ -16,7 +16,6 @@ from ape_integrations.cli.options import parse_duration
 from ape_integrations.core.errors import ConfigError, StoreError
 from ape_integrations.store import DiskKVStore, KVStates
 
-
 COMMAND = [sys.executable, "-m", "ape_integrations.cli"]
 
 
