@@ -32,8 +32,6 @@ _demo_told = threading.Event()
 class LoadedModel:
     """A model that the user loaded: a whole generator, or model and tokenizer.
 
-    Copies of a LangChain model share it.
-
     Parameters
     ----------
     generator : APEGenerator, optional
@@ -56,12 +54,6 @@ class LoadedModel:
     def identity(self) -> tuple[int, int, int]:
         """Which objects these are, for as long as they live."""
         return id(self.generator), id(self.model), id(self.tokenizer)
-
-    def __copy__(self) -> LoadedModel:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +153,6 @@ class Engine:
                 return
         self._generator.registry.register(texts, query)
         self._generator.prefetch(texts, encode=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return acquire, (self.settings,)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from langchain_core.messages.ai import UsageMetadata
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -165,6 +165,11 @@ class APESettings(BaseModel):
         if adapted:
             raise ConfigError(f"ape_config and {', '.join(adapted)} say the same thing: pass one.")
         return self.ape_config
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the settings; model and store are shared."""
+        shared = {id(part): part for part in (self.store, self.loaded, self._engine)}
+        return super().__deepcopy__({**(memo or {}), **shared})
 
     @property
     def generator(self) -> APEGenerator:

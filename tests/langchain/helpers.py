@@ -86,7 +86,17 @@ TOOL_TEMPLATE = (
 
 @cache
 def loaded_model() -> Any:
-    return tiny_model(max_position_embeddings=8192)
+    model = tiny_model(max_position_embeddings=8192)
+    # Letters only, so that a token is a character that is shown at once.
+    vocabulary = loaded_tokenizer().get_vocab()
+    silent = [
+        i
+        for token, i in vocabulary.items()
+        if not (len(token) == 1 and token.isascii() and token.isalpha())
+    ]
+    unused = range(len(vocabulary), model.config.vocab_size)
+    model.generation_config.suppress_tokens = sorted({*silent, *unused} - {2})
+    return model
 
 
 @cache
