@@ -47,6 +47,8 @@ class Partition:
         Smallest and largest of the positions.
     causal : bool
         The keys belong to the query tokens themselves: row i sees columns up to i.
+    visible : Tensor, optional
+        Keys that are no padding, ``(batch, length)``; all where it is None.
     """
 
     keys: Tensor
@@ -55,6 +57,7 @@ class Partition:
     first_position: int
     last_position: int
     causal: bool = False
+    visible: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class PartitionedStates:
         Position of the first query token.
     temperature, scale : float
         T and S.
+    padding : Tensor, optional
+        Padding tokens before each batch item's first query token, ``(batch,)``, by which its
+        positions are smaller.
     """
 
     rest: list[Partition]
@@ -78,6 +84,7 @@ class PartitionedStates:
     query_position: int
     temperature: float
     scale: float
+    padding: Tensor | None = None
 
 
 class Partial(NamedTuple):
@@ -202,9 +209,11 @@ def partitioned_attention(
             continue
         mask = None
         if sliding_window is not None and last - part.first_position >= sliding_window:
-            if first - part.last_position >= sliding_window:
+            if states.padding is None and first - part.last_position >= sliding_window:
                 continue
-            mask = _window_mask(part, first, last, sliding_window)
+            mask = _window_mask(part, states, first, last, sliding_window)
+        if part.visible is not None:
+            mask = _padding_mask(part, mask, last - first + 1)
         is_context = part is states.contexts
         temperature = states.temperature if is_context else 1.0
         output, lse = _attend(query, part, scaling / temperature, softcap, mask)
@@ -221,13 +230,29 @@ def partitioned_attention(
     return merged.to(query.dtype)
 
 
-def _window_mask(part: Partition, first: int, last: int, window: int) -> Tensor:
-    """Return which keys each query sees, ``(length, keys)``, by position."""
+def _window_mask(
+    part: Partition, states: PartitionedStates, first: int, last: int, window: int
+) -> Tensor:
+    """Return which keys each query sees by position, ``(1 or batch, length, keys)``."""
     keys = part.positions()
-    queries = torch.arange(first, last + 1, device=keys.device)
-    distance = queries[:, None] - keys[None, :]
+    distance = torch.arange(first, last + 1, device=keys.device)[:, None] - keys[None, :]
+    distance = distance[None]
+    if states.padding is not None and part.visible is None:
+        # Padding moves queries against prefix and contexts, but not against the tail.
+        distance = distance - states.padding[:, None, None]
     visible = distance < window
     return visible & (distance >= 0) if part.causal else visible
+
+
+def _padding_mask(part: Partition, mask: Tensor | None, length: int) -> Tensor:
+    """Take padding out of what queries see, ``(batch, length, keys)``."""
+    assert part.visible is not None
+    visible = part.visible[:, None, :].expand(-1, length, -1)
+    if part.causal and length > 1:
+        itself = torch.eye(length, dtype=torch.bool, device=visible.device)
+        # Padding must see something, itself, or its states would be undefined.
+        visible = (visible & torch.ones_like(itself).tril()) | itself
+    return visible if mask is None else visible & mask
 
 
 def _attend(
@@ -248,7 +273,9 @@ def _attend(
     if share:
         rows = rows.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
     if mask is not None:
-        mask = mask.repeat(rows.shape[2] // length, 1)
+        mask = mask.repeat(1, heads // kv_heads, 1)
+        if share:
+            mask = mask.expand(batch, -1, -1).reshape(1, -1, mask.shape[-1])
     output, lse = _kernel(rows, keys, values, scale, softcap, mask)
     if share:
         output = output.view(kv_heads, batch, -1, output.shape[-1]).transpose(0, 1)
@@ -269,8 +296,8 @@ def _causal(
         return kernel(query, keys, values, scale, None, True)
     kv_heads = keys.shape[1]
     rows = query.reshape(batch, kv_heads, -1, head_dim)
-    mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    mask = mask.repeat(heads // kv_heads, 1)
+    mask = torch.ones(1, length, length, dtype=torch.bool, device=query.device).tril()
+    mask = mask.repeat(1, heads // kv_heads, 1)
     output, lse = _plain(rows, keys, values, scale, softcap, mask)
     return Partial(output.reshape(batch, heads, length, -1), lse.reshape(batch, heads, length))
 
@@ -291,8 +318,8 @@ def _kernel(
     if mask is not None:
         # Fused kernels leave rows that see nothing undefined.
         empty = ~mask.any(dim=-1)
-        output = output.masked_fill(empty[:, None], 0.0)
-        lse = lse.masked_fill(empty, -torch.inf)
+        output = output.masked_fill(empty[:, None, :, None], 0.0)
+        lse = lse.masked_fill(empty[:, None], -torch.inf)
     return Partial(output, lse)
 
 
@@ -366,7 +393,7 @@ def _efficient_cuda(
     bias = None
     if mask is not None:
         # The kernel wants rows of bias that start at multiples of 16 bytes.
-        columns = mask.shape[1]
+        columns = mask.shape[-1]
         padded = torch.nn.functional.pad(_additive(mask, query), (0, -columns % 8))
         bias = padded[..., :columns].expand(query.shape[0], query.shape[1], -1, -1)
     output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -376,9 +403,9 @@ def _efficient_cuda(
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
-    """Turn a boolean mask ``(rows, keys)`` into a bias ``(1, 1, rows, keys)``."""
+    """Turn a mask ``(1 or batch, rows, keys)`` into a bias ``(1 or batch, 1, rows, keys)``."""
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    return bias.masked_fill_(~mask, -torch.inf)[None, None]
+    return bias.masked_fill_(~mask, -torch.inf)[:, None]
 
 
 def _plain(
@@ -402,7 +429,7 @@ def _plain(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
-            logits = logits.masked_fill(~mask[:, block], -torch.inf)
+            logits = logits.masked_fill(~mask[:, None, :, block], -torch.inf)
         block_lse = logits.logsumexp(dim=-1)
         total = torch.logaddexp(lse, block_lse)
         # A row that has seen nothing yet has no weight to share out.

@@ -68,6 +68,8 @@ class APECacheLayer(CacheLayerMixin):
         T and S.
     tail_capacity : int, optional
         Tokens to allocate the tail for, where the caller knows.
+    padding : sequence of int
+        Per batch item, tokens at the start of the tail that are padding; empty for none.
     """
 
     is_sliding = False
@@ -84,10 +86,12 @@ class APECacheLayer(CacheLayerMixin):
         temperature: float = 1.0,
         scale: float = 1.0,
         tail_capacity: int | None = None,
+        padding: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.layout = layout
         self._tail_capacity = tail_capacity
+        self._padding = torch.tensor(padding) if any(padding) else None
         self.temperature = temperature
         self.scale = scale
         self.length = 0
@@ -122,7 +126,13 @@ class APECacheLayer(CacheLayerMixin):
             first,
             last,
             causal,
+            None if self._padding is None else self._visible(start, end, self._padding),
         )
+
+    @staticmethod
+    def _visible(start: int, end: int, padding: Tensor) -> Tensor:
+        """Return which tail tokens are no padding, ``(batch, end - start)``."""
+        return torch.arange(start, end, device=padding.device)[None] >= padding[:, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the tail for states like these."""
@@ -130,6 +140,8 @@ class APECacheLayer(CacheLayerMixin):
         capacity = self._tail_capacity or key_states.shape[2] + TAIL_ROOM
         self.keys = self._empty(key_states, capacity)
         self.values = self._empty(value_states, capacity)
+        if self._padding is not None:
+            self._padding = self._padding.to(self.device)
         self.is_initialized = True
 
     @staticmethod
@@ -167,6 +179,7 @@ class APECacheLayer(CacheLayerMixin):
             self.layout.query_position + start,
             self.temperature,
             self.scale,
+            self._padding,
         )
         return states, states
 
@@ -247,6 +260,8 @@ class APECache(Cache):
         T and S.
     tail_capacity : int, optional
         Tokens to allocate the tail for, where the caller knows.
+    padding : sequence of int
+        Per batch item, tokens at the start of the tail that are padding; empty for none.
     name : tuple of str
         Store keys of the contexts, which name prefix and contexts together.
     """
@@ -259,6 +274,7 @@ class APECache(Cache):
         temperature: float = 1.0,
         scale: float = 1.0,
         tail_capacity: int | None = None,
+        padding: Sequence[int] = (),
         name: tuple[str, ...] = (),
     ) -> None:
         layers: list[Any] = [
@@ -269,6 +285,7 @@ class APECache(Cache):
                 temperature,
                 scale,
                 tail_capacity,
+                padding,
             )
             for index, states in enumerate(prefix)
         ]

@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -110,52 +111,99 @@ class TextAssembler:
         return 0
 
 
-class TokenSink(StoppingCriteria):
-    """Receives every new token of ``model.generate()`` and says when to stop.
+@dataclass
+class Row:
+    """One sequence of a batch while it is generated.
 
     Parameters
     ----------
     assembler : TextAssembler
         Makes text of the tokens.
+    token_ids : list of int
+        New tokens so far.
+    stopped : bool
+        It ended by an end-of-sequence token, a stop string or a stopping criterion.
+    """
+
+    assembler: TextAssembler
+    token_ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+
+class TokenSink(StoppingCriteria):
+    """Receives every new token of ``model.generate()`` and says which sequences stop.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        One per sequence.
     prompt_length : int
         Ids that stand before the first new token.
+    end_tokens : sequence of int
+        Ids that end a sequence.
+    criteria : sequence of StoppingCriteria
+        The caller's own.
     on_text : callable, optional
-        Called with each new piece of text.
+        Called with each new piece of the first sequence's text.
     single : bool
-        One sequence grows token by token. Beams do not, so their text is read at the end.
+        Each sequence grows token by token. Beams do not, so their text is read at the end.
     """
 
     def __init__(
         self,
-        assembler: TextAssembler,
+        rows: Sequence[Row],
         prompt_length: int,
+        end_tokens: Sequence[int],
+        criteria: Sequence[StoppingCriteria] = (),
         on_text: Callable[[str], None] | None = None,
         single: bool = True,
     ) -> None:
-        self._assembler = assembler
+        self._rows = rows
         self._seen = self._prompt_length = prompt_length
+        self._end_tokens = set(end_tokens)
+        self._criteria = StoppingCriteriaList(criteria)
         self._on_text = on_text
         self._single = single
         self.cancelled = threading.Event()
         self.first_token_time: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Take what is new in ``input_ids`` and say whether to stop."""
+        """Take what is new in ``input_ids`` and say which sequences stop."""
         if self.first_token_time is None:
             self.first_token_time = time.perf_counter()
+        stop = torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
+        if self._criteria:
+            ids: Any = input_ids
+            stop |= self._criteria(ids, scores, **kwargs)
         if self._single:
-            self._show(input_ids[0, self._seen :].tolist())
+            wanted = stop.tolist()
+            for index, new in enumerate(input_ids[:, self._seen :].tolist()):
+                row = self._rows[index]
+                if not row.stopped:
+                    self._take(row, new)
+                    row.stopped |= wanted[index]
+                stop[index] = row.stopped
             self._seen = input_ids.shape[1]
-        stop = self._assembler.stopped or self.cancelled.is_set()
-        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
+        return stop | self.cancelled.is_set()
 
-    def finish(self, sequence: list[int]) -> None:
-        """Show what is left of the finished ``sequence``, prompt included."""
-        self._show(sequence[self._seen :], last=True)
+    def finish(self, sequences: Tensor) -> None:
+        """Take what is left of the finished ``sequences``, prompt included, and show it."""
+        for row, new in zip(self._rows, sequences[:, self._seen :].tolist(), strict=True):
+            if not row.stopped:
+                self._take(row, new)
+            self._show(row, [], last=True)
 
-    def _show(self, ids: list[int], *, last: bool = False) -> None:
-        text = self._assembler.push(ids, last=last)
-        if text and self._on_text is not None:
+    def _take(self, row: Row, new: list[int]) -> None:
+        """Add new ids up to the first that ends the sequence."""
+        end = next((i for i, token in enumerate(new) if token in self._end_tokens), None)
+        new = new if end is None else new[: end + 1]
+        row.token_ids += new
+        self._show(row, new)
+        row.stopped |= end is not None or row.assembler.stopped
+
+    def _show(self, row: Row, ids: list[int], *, last: bool = False) -> None:
+        text = row.assembler.push(ids, last=last)
+        if text and self._on_text is not None and row is self._rows[0]:
             self._on_text(text)
 
 

@@ -8,8 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generation import (
     GenerationResult,
     GenerationStream,
+    Row,
     TextAssembler,
     TokenSink,
 )
@@ -172,7 +174,10 @@ class APEGenerator:
 
     @contextmanager
     def assemble(
-        self, prompt: PreparedPrompt, figures: Figures | None = None
+        self,
+        prompt: PreparedPrompt,
+        figures: Figures | None = None,
+        padding: Sequence[int] = (),
     ) -> Iterator[APECache]:
         """Yield a cache that holds prefix and contexts, for ``model.generate()`` or ``forward()``.
 
@@ -182,6 +187,8 @@ class APEGenerator:
             From :meth:`prepare`, with at least one context.
         figures : Figures, optional
             Where hits, misses, bytes and seconds are added.
+        padding : sequence of int
+            For a batch of queries of unequal length: padding tokens to the left of each.
 
         Yields
         ------
@@ -206,7 +213,15 @@ class APEGenerator:
         with self._sets.borrow(keys, layout.total, fill) as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
-            yield APECache(layout, prefix, context_set.layers, temperature, scale, name=tuple(keys))
+            yield APECache(
+                layout,
+                prefix,
+                context_set.layers,
+                temperature,
+                scale,
+                padding=padding,
+                name=tuple(keys),
+            )
 
     def _note_prefix(self, ids: list[int]) -> None:
         """Remember the prefix, so that texts can be prefetched behind it."""
@@ -323,7 +338,46 @@ class APEGenerator:
 
     def generate_ids(self, prompt: PreparedPrompt, **generation_kwargs: Any) -> GenerationResult:
         """Generate behind token ids; otherwise like :meth:`generate`."""
-        return self._run(prompt, self._settings(generation_kwargs), Figures())
+        return self._run([prompt], self._settings(generation_kwargs), Figures())[0]
+
+    def generate_batch(
+        self,
+        prefix: str,
+        contexts: Sequence[str],
+        queries: Sequence[str],
+        **generation_kwargs: Any,
+    ) -> list[GenerationResult]:
+        """Answer several queries over one set of contexts together.
+
+        Weights and contexts are read once for all of them at every step.
+
+        Parameters
+        ----------
+        prefix, contexts, **generation_kwargs
+            As for :meth:`generate`.
+        queries : sequence of str
+            What stands behind the contexts, one prompt each.
+
+        Returns
+        -------
+        list of GenerationResult
+            One per query, in order. Hits, misses and seconds are those of the whole batch.
+
+        Raises
+        ------
+        ConfigError
+            No query, no context, or an argument that a batch cannot have.
+        """
+        if isinstance(queries, str) or not queries:
+            raise ConfigError("queries must be a sequence of at least one string.")
+        if not contexts:
+            raise ConfigError("A batch shares its contexts, so there must be at least one.")
+        settings = self._settings(generation_kwargs)
+        if not settings.single:
+            raise ConfigError("Beam search cannot be combined with a batch of queries.")
+        figures = Figures()
+        prompts = [self.prepare(prefix, contexts, query) for query in queries]
+        return self._run(prompts, settings, figures)
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationSettings:
         defaults: Any = self.model.generation_config
@@ -338,58 +392,75 @@ class APEGenerator:
         def run(
             on_text: Callable[[str], None], on_sink: Callable[[TokenSink], None]
         ) -> GenerationResult:
-            return self._run(prompt, settings, figures, on_text, on_sink)
+            return self._run([prompt], settings, figures, on_text, on_sink)[0]
 
         return GenerationStream(run)
 
     @torch.no_grad()
     def _run(
         self,
-        prompt: PreparedPrompt,
+        prompts: Sequence[PreparedPrompt],
         settings: GenerationSettings,
         figures: Figures,
         on_text: Callable[[str], None] | None = None,
         on_sink: Callable[[TokenSink], None] | None = None,
-    ) -> GenerationResult:
-        prompt = self._preparer.fit(prompt, settings.max_new_tokens)
-        logical = prompt.logical_ids()
-        assembler = TextAssembler(self.tokens, settings.stop)
-        sink = TokenSink(assembler, len(logical), on_text, settings.single)
+    ) -> list[GenerationResult]:
+        """Generate for prompts that differ in their queries alone."""
+        longest = max(prompts, key=lambda prompt: len(prompt.query))
+        fitted = self._preparer.fit(longest, settings.max_new_tokens)
+        queries = [prompt.query for prompt in prompts]
+        input_ids, mask = self._padded(fitted, queries)
+        rows = [Row(TextAssembler(self.tokens, settings.stop)) for _ in queries]
+        kwargs = dict(settings.kwargs)
+        criteria = kwargs.pop("stopping_criteria", None) or []
+        sink = TokenSink(
+            rows, input_ids.shape[1], settings.end_tokens, criteria, on_text, settings.single
+        )
         if on_sink is not None:
             on_sink(sink)
-        kwargs = dict(settings.kwargs)
-        criteria = [*(kwargs.pop("stopping_criteria", None) or []), sink]
         if settings.stop and not settings.single:
             kwargs.update(stop_strings=settings.stop, tokenizer=self.tokenizer)
-        input_ids = torch.tensor([logical], device=self.info.input_device)
 
-        def generate(**cache: Any) -> list[int]:
-            sequences = self.model.generate(
+        def generate(**cache: Any) -> Tensor:
+            sequences: Any = self.model.generate(
                 input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                stopping_criteria=StoppingCriteriaList(criteria),
+                attention_mask=mask,
+                stopping_criteria=StoppingCriteriaList([sink]),
                 **kwargs,
                 **cache,
             )
-            sequence: list[int] = sequences[0].tolist()
-            return sequence
+            return cast(Tensor, sequences)
 
-        if prompt.contexts:
-            with self.assemble(prompt, figures) as cache:
-                if settings.single:
-                    figures.reused = self._tails.restore(cache.name, prompt.query, cache)
-                sequence = generate(past_key_values=cache)
-                behind = sequence[len(logical) - len(prompt.query) :]
+        if fitted.contexts:
+            padding = [len(longest.query) - len(query) for query in queries]
+            with self.assemble(fitted, figures, padding) as cache:
+                if settings.single and len(queries) == 1:
+                    figures.reused = self._tails.restore(cache.name, queries[0], cache)
+                sequences = generate(past_key_values=cache)
+                behind = sequences[0, input_ids.shape[1] - len(queries[0]) :].tolist()
                 self._tails.keep(cache.name, behind, cache)
         else:
-            sequence = generate()
-        sink.finish(sequence)
+            sequences = generate()
+        sink.finish(sequences)
         assert sink.first_token_time is not None
         figures.first_token = sink.first_token_time - figures.start
-        new = sequence[len(logical) :]
-        ended = bool(new) and new[-1] in settings.end_tokens
-        full = len(new) >= settings.max_new_tokens and not ended and not assembler.stopped
-        return _result(assembler.text, new, "length" if full else "stop", prompt, figures)
+        return [
+            _result(row, replace(fitted, query=query), figures)
+            for row, query in zip(rows, queries, strict=True)
+        ]
+
+    def _padded(
+        self, prompt: PreparedPrompt, queries: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask of the logical prompts, padded left of the queries."""
+        device = self.info.input_device
+        head = prompt.logical_ids()[: -len(prompt.query)]
+        length = len(prompt.query)
+        ids = [[*head, *[0] * (length - len(query)), *query] for query in queries]
+        mask = torch.ones(len(queries), len(head) + length, dtype=torch.long, device=device)
+        for row, query in enumerate(queries):
+            mask[row, len(head) : len(head) + length - len(query)] = 0
+        return torch.tensor(ids, device=device), mask
 
     @torch.no_grad()
     def query_logits(
@@ -452,17 +523,15 @@ class APEGenerator:
         self.store.flush()
 
 
-def _result(
-    text: str, new: list[int], finish_reason: str, prompt: PreparedPrompt, figures: Figures
-) -> GenerationResult:
+def _result(row: Row, prompt: PreparedPrompt, figures: Figures) -> GenerationResult:
     return GenerationResult(
-        text=text,
-        token_ids=new,
-        finish_reason=finish_reason,
+        text=row.assembler.text,
+        token_ids=row.token_ids,
+        finish_reason="stop" if row.stopped else "length",
         usage={
             "prompt_tokens": prompt.num_tokens,
-            "completion_tokens": len(new),
-            "total_tokens": prompt.num_tokens + len(new),
+            "completion_tokens": len(row.token_ids),
+            "total_tokens": prompt.num_tokens + len(row.token_ids),
         },
         cache={
             "contexts": len(prompt.contexts),

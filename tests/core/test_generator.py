@@ -484,3 +484,53 @@ def test_from_pretrained_answers_like_the_loaded_model(
         loaded.generate(PREFIX, DOCUMENTS, QUERY, **kwargs).token_ids
         == generator.generate(PREFIX, DOCUMENTS, QUERY, **kwargs).token_ids
     )
+
+
+@pytest.mark.parametrize("window", [None, 6, 25])
+def test_batch_gives_what_each_query_gives_alone(window: int | None) -> None:
+    """Queries of unequal length, with and without sliding windows."""
+    model = tiny_model("mistral", sliding_window=window)
+    generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore())
+    queries = ["\nWho sings?", "\nWhere does Ada live, and since when?", "?", "\nWhy?"]
+    kwargs = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": -1}
+    alone = [generator.generate(PREFIX, DOCUMENTS, query, **kwargs).token_ids for query in queries]
+    batch = generator.generate_batch(PREFIX, DOCUMENTS, queries, **kwargs)
+    assert [result.token_ids for result in batch] == alone
+    assert len({tuple(ids) for ids in alone}) > 1
+
+
+def test_each_query_of_a_batch_stops_by_itself(generator: APEGenerator) -> None:
+    queries = ["\nWho sings?", "\nWho welds?", "\nWho lives in Porto?"]
+    kwargs = {"do_sample": False, "logits_processor": [letters_only]}
+    whole = generator.generate_batch(PREFIX, DOCUMENTS, queries, **kwargs)
+    stop = whole[1].text[2:4]
+    end = whole[2].token_ids[7]
+    batch = generator.generate_batch(
+        PREFIX, DOCUMENTS, queries, stop=[stop], eos_token_id=end, **kwargs
+    )
+    for query, result in zip(queries, batch, strict=True):
+        alone = generator.generate(
+            PREFIX, DOCUMENTS, query, stop=[stop], eos_token_id=end, **kwargs
+        )
+        assert (result.text, result.token_ids, result.finish_reason) == (
+            alone.text,
+            alone.token_ids,
+            alone.finish_reason,
+        )
+    assert len({len(result.token_ids) for result in batch}) > 1
+
+
+@pytest.mark.parametrize(
+    ("contexts", "queries", "kwargs"),
+    [
+        ([], ["a"], {}),
+        (DOCUMENTS, [], {}),
+        (DOCUMENTS, "a", {}),
+        (DOCUMENTS, ["a"], {"num_beams": 2}),
+    ],
+)
+def test_bad_batches_are_refused(
+    generator: APEGenerator, contexts: list[str], queries: list[str], kwargs: dict
+) -> None:
+    with pytest.raises(ConfigError):
+        generator.generate_batch(PREFIX, contexts, queries, **kwargs)
