@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -10,33 +9,25 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ape_integrations.core.errors import ConfigError
-from ape_integrations.core.guard import guarded
+from ape_integrations.core.messages import (
+    Abilities,
+    Message,
+    adapt,
+    checked,
+    guard,
+    with_short_ids,
+    without_tools,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
-
+#: Date that templates see; a changing one in the prefix would make every key new.
 DEFAULT_DATE = datetime.date(2024, 7, 26)
-# A changing date in the prefix would make every key new.
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "chatbot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-_OPENING = "(The conversation begins with the assistant.)"
 _PLAIN_HEADERS = {"system": "System: ", "user": "User: ", "assistant": "Assistant: "}
 
 
@@ -86,7 +77,7 @@ def render_chat(
         show, or a template that refuses the messages in every form.
     """
     specials = tuple(map(str, tokenizer.all_special_tokens))
-    chat = [_guard(_checked(message), specials) for message in messages]
+    chat = [guard(checked(message), specials) for message in messages]
     if not chat:
         raise ConfigError(
             "There are no messages to render: pass at least one, such as a user message."
@@ -117,9 +108,9 @@ def render_chat(
         )
     problem: Exception | None = None
     rendered: str | None = None
-    for attempt in (can, _Abilities(tool_role=can.tool_role, system=can.system), _Abilities()):
-        adapted = _adapt(chat, attempt)
-        for some in (adapted, [_with_short_ids(message) for message in adapted]):
+    for attempt in (can, Abilities(tool_role=can.tool_role, system=can.system), Abilities()):
+        adapted = adapt(chat, attempt)
+        for some in (adapted, [with_short_ids(message) for message in adapted]):
             try:
                 text = render(some)
             except Exception as error:  # a template may raise anything
@@ -202,18 +193,6 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {role: marker for role, marker in markers.items() if marker.strip()}
 
 
-@dataclass(frozen=True)
-class _Abilities:
-    """What a template renders as it is; the defaults are those of the plainest template."""
-
-    system: bool = False  # a system message before the first user message
-    late_system: bool = False  # a system message anywhere else
-    repeats: bool = False  # the same role twice in a row
-    opening: bool = False  # a conversation that the assistant begins
-    tool_role: bool = False  # tool calls and tool messages
-    tools: bool = False  # a list of tools
-
-
 def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str | None:
     try:
         template: str = tokenizer.get_chat_template(tools=list(tools) if tools else None)
@@ -291,7 +270,7 @@ _CALL = {
 }
 
 
-def _abilities(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> _Abilities:
+def _abilities(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> Abilities:
     template = _template(tokenizer, tools)
     specials = tuple(sorted((name, str(t)) for name, t in tokenizer.special_tokens_map.items()))
     key = hashlib.sha256(repr((template, specials)).encode()).hexdigest()
@@ -304,11 +283,11 @@ def _abilities(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) 
 
 
 _MAX_KNOWN = 64
-_known_abilities: dict[str, _Abilities] = {}
+_known_abilities: dict[str, Abilities] = {}
 _abilities_lock = threading.Lock()
 
 
-def _probe(render: Callable[..., str]) -> _Abilities:
+def _probe(render: Callable[..., str]) -> Abilities:
     def shows(*messages: Message, wanted: str = "", **kwargs: Any) -> bool:
         """Whether the template renders the messages and drops none of their texts."""
         try:
@@ -323,7 +302,7 @@ def _probe(render: Callable[..., str]) -> _Abilities:
 
     user, again, answer = say("user", 1), say("user", 2), say("assistant", 1)
     result = say("tool", 1, name="zqcalledzq", tool_call_id="zqcallzq1")
-    return _Abilities(
+    return Abilities(
         system=shows(say("system", 1), user),
         late_system=shows(user, answer, say("system", 1), again)
         and shows(say("system", 1), say("system", 2), user),
@@ -334,155 +313,11 @@ def _probe(render: Callable[..., str]) -> _Abilities:
     )
 
 
-# Rewriting messages ------------------------------------------------------------------------------
-
-
-def _checked(message: Mapping[str, Any]) -> Message:
-    role = _ROLES.get(str(message.get("role", "")).lower())
-    if role is None:
-        raise ConfigError(
-            f"Unknown message role {message.get('role')!r}: use system, user, assistant or tool."
-        )
-    checked = {**message, "role": role, "content": _text(message.get("content"))}
-    if checked.get("tool_calls"):
-        checked["tool_calls"] = [_checked_call(call) for call in checked["tool_calls"]]
-    return checked
-
-
-def _checked_call(call: Mapping[str, Any]) -> Message:
-    """Bring a tool call to the form that templates read, with its arguments as a mapping."""
-    function = dict(call.get("function") or {"name": call.get("name")})
-    arguments = function.get("arguments", call.get("args", {}))
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # what is no JSON stays a string
-            arguments = json.loads(arguments)
-    function["arguments"] = arguments
-    return {"id": call.get("id") or "", "type": "function", "function": function}
-
-
-def _guard(value: Any, specials: tuple[str, ...]) -> Any:
-    """Guard every string of a message, so that templates write no special token but their own."""
-    if isinstance(value, str):
-        return guarded(value, specials)
-    if isinstance(value, Mapping):
-        return {key: _guard(item, specials) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_guard(item, specials) for item in value]
-    return value
-
-
-def _text(content: Any) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        parts = [part if isinstance(part, str) else _part_text(part) for part in content]
-        return "\n".join(parts)
-    raise ConfigError(f"Message content must be text, not {type(content).__name__}.")
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ConfigError(f"Message content of type {kind!r} is not supported: pass text only.")
-
-
-def _adapt(chat: Sequence[Message], can: _Abilities) -> list[Message]:
-    """Rewrite a conversation so that a template with these abilities renders all of it."""
-    adapted = list(chat) if can.tool_role else [_without_tools(message) for message in chat]
-    if not can.late_system or not can.system:
-        adapted = _place_system(adapted, can.system)
-    if not can.repeats:
-        adapted = _merge_repeats(adapted)
-    if not can.opening:
-        first = next((i for i, m in enumerate(adapted) if m["role"] != "system"), len(adapted))
-        if first < len(adapted) and adapted[first]["role"] == "assistant":
-            adapted.insert(first, {"role": "user", "content": _OPENING})
-    return adapted
-
-
-def _without_tools(message: Message) -> Message:
-    """Write tool calls and tool results as text."""
-    if message["role"] == "tool":
-        name = message.get("name")
-        title = f"Result of the tool {name}:" if name else "Result of the tool:"
-        return {"role": "user", "content": f"{title}\n{message['content']}"}
-    if not message.get("tool_calls"):
-        return message
-    lines = [message["content"]] if message["content"] else []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        lines.append(f"Call of the tool {call['function']['name']} with {arguments}")
-    return {"role": message["role"], "content": "\n".join(lines)}
-
-
-def _place_system(chat: Sequence[Message], has_role: bool) -> list[Message]:
-    """Merge the leading system messages; make later ones, or all, part of user messages."""
-    placed: list[Message] = []
-    pending: list[str] = []
-    leading = True
-    for message in chat:
-        if message["role"] == "system":
-            pending.append(message["content"])
-            continue
-        if leading and pending and has_role:
-            placed.append({"role": "system", "content": "\n\n".join(pending)})
-            pending = []
-        leading = False
-        if pending and message["role"] == "user":
-            message = {**message, "content": "\n\n".join([*pending, message["content"]])}
-        elif pending:
-            placed.append({"role": "user", "content": "\n\n".join(pending)})
-        pending = []
-        placed.append(message)
-    if pending:
-        role = "system" if leading and has_role else "user"
-        placed.append({"role": role, "content": "\n\n".join(pending)})
-    return placed
-
-
-def _merge_repeats(chat: Sequence[Message]) -> list[Message]:
-    """Join neighbours of one role; tool messages and tool calls stay apart."""
-    merged: list[Message] = []
-    for message in chat:
-        last = merged[-1] if merged else None
-        joins = (
-            last is not None
-            and last["role"] == message["role"] != "tool"
-            and not last.get("tool_calls")
-            and not message.get("tool_calls")
-        )
-        if last is not None and joins:
-            contents = [text for text in (last["content"], message["content"]) if text]
-            merged[-1] = {**last, "content": "\n\n".join(contents)}
-        else:
-            merged.append(message)
-    return merged
-
-
-def _with_short_ids(message: Message) -> Message:
-    """Give tool calls identifiers of nine letters and digits: some templates accept no others."""
-    changed = dict(message)
-    if message.get("tool_call_id"):
-        changed["tool_call_id"] = _short_id(message["tool_call_id"])
-    if message.get("tool_calls"):
-        changed["tool_calls"] = [
-            {**call, "id": _short_id(call["id"])} for call in message["tool_calls"]
-        ]
-    return changed
-
-
-def _short_id(identifier: object) -> str:
-    return hashlib.sha256(str(identifier).encode()).hexdigest()[:9]
-
-
 def _plain(chat: Sequence[Message], add_generation_prompt: bool) -> str:
     """Render without a template."""
     paragraphs = [
         _PLAIN_HEADERS[message["role"]] + message["content"].strip()
-        for message in map(_without_tools, chat)
+        for message in map(without_tools, chat)
     ]
     if add_generation_prompt:
         paragraphs.append(_PLAIN_HEADERS["assistant"].rstrip())

@@ -9,7 +9,7 @@ from ape_integrations.core.markup import ChatMarkup
 from ape_integrations.core.registry import ContextRegistry
 
 # Candidate starts: after a line break, markup, a label's colon, a bracket, a quote or an escaped
-# line break. Cheap and generous; `_Boundaries` decides.
+# line break. Cheap and generous; `_begins` decides.
 _CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`]|\\n)[ \t]*(?=\S)")
 _BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?\d{1,4}[.)])[ \t]+", re.MULTILINE)
 _MAX_BULLET = 16

@@ -13,12 +13,14 @@ from ape_integrations.core.markup import ChatMarkup
 _SHORT_QUERY = 12  # characters; shorter query strings must stand alone on a line or after a label
 _WORTHWHILE = 20  # letters and digits that a common head needs to be more than a chat header
 _COMPARED = 64  # most recent heads that a new one is compared with
+_ALIKE = 3  # letters and digits by which the beginnings of two varying parts are the same
 _REST = 48  # characters of a varying part by which its pipeline is recognised
 _ONE_OFFS = 24  # heads without anything in common, each seen once, before a new one is held varying
 
 
 # "Question: ", "The original query is as follows: "
 _LABEL = re.compile(r"\s*([^\n:\uff1a]{1,60})[:\uff1a](?=\s)")
+_ROLES = frozenset({"system", "developer", "user", "human", "assistant", "ai", "tool"})
 
 
 @dataclass
@@ -99,7 +101,7 @@ class PrefixMemory:
         text = head[:limit]
         known = self._heads.get(text)
         if known is None:
-            rest = head[by_query : by_query + _REST] if by_query == limit else ""
+            rest = head[limit : limit + _REST] if by_query == limit else ""
             known = _Head(text, self._compare(text, patience=2 if queries else 1), rest)
         return known, known.cut
 
@@ -116,13 +118,15 @@ class PrefixMemory:
         """
         recent = list(self._heads.values())[-_COMPARED:]
         for other in recent:
-            if text.startswith(other.text) and _begins_alike(text[len(other.text) :], other.rest):
+            if text.startswith(other.text) and self._is_alike(text[len(other.text) :], other.rest):
                 return other.cut  # the same pipeline, asked something that was not registered
         related = []
         for other in (each for each in recent if not each.is_constant):
             length = _common_length(text, other.text)
+            if length == min(len(text), len(other.text)):
+                continue  # one goes on where the other ends: they do not contradict each other
             common = self._markup.boundary(text, length)
-            alike = _is_question_line(text, other.text, common, length)
+            alike = self._is_question_line(text, other.text, common, length)
             related.append((common, alike, other))
         related.sort(key=lambda relation: relation[0], reverse=True)
         for common, alike, other in related:
@@ -139,8 +143,23 @@ class PrefixMemory:
         return len(text)
 
     def _is_worthwhile(self, common: str) -> bool:
-        headers = sum(_count_alnum(common[t.start : t.end]) for t in self._markup.turns(common))
-        return _count_alnum(common) - headers >= _WORTHWHILE
+        return self._count_words(common) >= _WORTHWHILE
+
+    def _is_alike(self, text: str, rest: str) -> bool:
+        return self._count_words(rest[: _common_length(text, rest)]) >= _ALIKE
+
+    def _is_question_line(self, text: str, other: str, common: int, length: int) -> bool:
+        """Whether two heads differ in a question, or in the value of a label ("Question: ")."""
+        header = next((t.end for t in self._markup.turns(text[common:]) if t.start == 0), 0)
+        label = _LABEL.match(text[common + header : length])
+        if label is not None:
+            return label.group(1).lower() not in _ROLES
+        return all("?" in head[common:].partition("\n")[0] for head in (text, other))
+
+    def _count_words(self, text: str) -> int:
+        """Count letters and digits outside message headers."""
+        headers = sum(_count_alnum(text[t.start : t.end]) for t in self._markup.turns(text))
+        return _count_alnum(text) - headers
 
 
 def query_cut(head: str, queries: Sequence[str], markup: ChatMarkup) -> int:
@@ -186,19 +205,6 @@ def turn_cut(head: str, markup: ChatMarkup) -> int:
         if not turn.is_system:
             return turn.start
     return len(head)
-
-
-def _is_question_line(text: str, other: str, common: int, length: int) -> bool:
-    """Whether two heads differ in a question, or in the value of the same label ("Question: ")."""
-    label = _LABEL.match(text[common:length])
-    if label is not None:
-        return label.group(1).lower() not in ("system", "developer")
-    return all("?" in head[common:].partition("\n")[0] for head in (text, other))
-
-
-def _begins_alike(text: str, rest: str) -> bool:
-    common = rest[: _common_length(text, rest)]
-    return _count_alnum(common) >= 3
 
 
 def _count_alnum(text: str) -> int:

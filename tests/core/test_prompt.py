@@ -394,6 +394,19 @@ def test_head_that_saw_different_questions_does_not_make_a_similar_one_look_vary
     assert split(f"{other}{HERON}\nQuery: why?").prefix == other
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_role_names_do_not_make_two_pipelines_look_alike(family: str) -> None:
+    registry = ContextRegistry()
+    split = chat_splitter(family, registry)
+    heads = ["Notes follow.\n", "Use what is written here.\n"]
+    for question in QUESTIONS[:3]:
+        registry.register(BIRDS, query=question)
+        split(("user", f"{question}\n{HERON}\nAnswer from these notes."))
+        for head in heads:
+            parts = split(("user", f"{head}{HERON}\nQuery: {question}"))
+            assert (parts.moved, parts.prefix.endswith(head)) == (False, True)
+
+
 def test_two_pipelines_are_stable_without_known_questions_too() -> None:
     heads = ["You are a poet.\nWrite from these notes:\n", "Be exact and cite.\nNotes follow.\n"]
     split = splitter(HERON).split
