@@ -18,7 +18,7 @@ def print_table(
     sequential: Sequence[float] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print seconds to the first token and hits, one line per question.
+    """Print time to first token and hits, one line per question.
 
     Parameters
     ----------
@@ -29,26 +29,28 @@ def print_table(
     console : Console, optional
         Where to print.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Seconds to the first token")
-    table.add_column("", max_width=30, no_wrap=True, overflow="ellipsis")
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Milliseconds to first token", max_width=console.width - 52, no_wrap=True)
     if sequential is not None:
-        table.add_column("without APE", justify="right")
-    for name in ("asked first", "asked again"):
-        table.add_column(name, justify="right")
-        table.add_column("hits", justify="right")
+        table.add_column("no APE", justify="right", min_width=6)
+    for name in ("first", "again"):
+        table.add_column(name, justify="right", min_width=5)
+        table.add_column("hits", justify="right", min_width=4)
     if sequential is not None:
-        table.add_column("sooner", justify="right", style="bold")
+        table.add_column("faster", justify="right", min_width=6, style="bold")
     for index, (label, first, second) in enumerate(rows):
         cells = [label]
         if sequential is not None:
-            cells.append(f"{sequential[index]:.3f}")
+            cells.append(_milliseconds(sequential[index]))
         for report in (first, second):
-            cells += [_seconds(report), f"{report['hits']}/{report['contexts']}"]
+            hits = f"{report['hits']}/{report['contexts']}"
+            cells += [_milliseconds(report["first_token_seconds"]), hits]
         if sequential is not None:
             cells.append(f"{sequential[index] / second['first_token_seconds']:.1f}x")
         table.add_row(*cells)
-    (console or Console()).print(table)
+    console.print(table)
 
 
-def _seconds(report: Report) -> str:
-    return f"{report['first_token_seconds']:.3f}"
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f}"

@@ -15,13 +15,16 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from _table import print_table
 from llama_index.core import Document
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -33,7 +36,6 @@ from rich.rule import Rule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from _table import print_table
 from ape_integrations import APELLM
 
 HERE = Path(__file__).parent
@@ -65,10 +67,14 @@ def main() -> None:
 
         introduce(llm, documents, nodes)
         watcher = Watcher.install()
-        ask_twice(query_engine.query, questions, watcher)
-        chat_questions = [Question(f"chat: {q.text}", q.answer) for q in questions[:2]]
-        ask_twice(in_new_chat(chat_engine), chat_questions, watcher)
-        compare(llm, [*questions, *chat_questions])
+        talks = [question for question in questions if question.history]
+        single = [question for question in questions if not question.history]
+        console.print(Rule("RetrieverQueryEngine", align="left"))
+        ask_twice(lambda question: query_engine.query(question.text), single, watcher)
+        if talks:
+            console.print(Rule("ContextChatEngine", align="left"))
+            ask_twice(lambda question: chat(chat_engine, question), talks, watcher)
+        compare(llm, [*single, *talks])
 
 
 @dataclass
@@ -77,15 +83,14 @@ class Question:
 
     text: str
     answer: str = ""
-    sources: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
+    history: list[dict[str, str]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
-    messages: Any = None
+    prompt: Any = None
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer says what it should."""
-        return self.answer.lower() in answer.lower()
+        return self.answer.rstrip(".").lower() in answer.lower()
 
 
 class Watcher(BaseEventHandler):
@@ -106,26 +111,30 @@ class Watcher(BaseEventHandler):
             self.last = event
 
 
-def ask_twice(ask: Any, questions: list[Question], watcher: Watcher) -> None:
-    """Ask all questions, then all of them again, and print the answers."""
-    for time_asked in (1, 2):
+def ask_twice(ask: Callable[[Question], Any], questions: list[Question], watcher: Watcher) -> None:
+    """Ask all questions, then all of them again; print the first answers."""
+    for again in (False, True):
         for question in questions:
-            response = ask(question.text.removeprefix("chat: "))
+            response = ask(question)
+            call = watcher.last
             question.answers.append(str(response).strip())
-            question.reports.append(watcher.last.response.raw["ape"])
-            question.messages = getattr(watcher.last, "messages", None) or watcher.last.prompt
-            if time_asked == 1:
+            question.reports.append(call.response.raw["ape"])
+            question.prompt = call.messages if hasattr(call, "messages") else call.prompt
+            if not again:
                 show(question, response.source_nodes)
 
 
-def in_new_chat(engine: ContextChatEngine) -> Any:
-    """Return a function that asks without the history of earlier questions."""
-
-    def ask(text: str) -> Any:
-        engine.reset()
-        return engine.chat(text)
-
-    return ask
+def chat(engine: ContextChatEngine, question: Question) -> Any:
+    """Ask in a conversation that went as the question's history says."""
+    history = [
+        message
+        for turn in question.history
+        for message in (
+            ChatMessage(role="user", content=turn["question"]),
+            ChatMessage(role="assistant", content=turn["answer"]),
+        )
+    ]
+    return engine.chat(question.text, chat_history=history)
 
 
 def compare(llm: APELLM, questions: list[Question]) -> None:
@@ -134,7 +143,7 @@ def compare(llm: APELLM, questions: list[Question]) -> None:
     seconds = []
     with console.status("The same prompts without APE ..."):
         for question in questions:
-            prompt = question.messages
+            prompt = question.prompt
             if not isinstance(prompt, str):
                 prompt = llm.render_messages(prompt)
             elapsed, answer = sequential(model, tokenizer, prompt, llm.max_new_tokens)
@@ -169,9 +178,7 @@ def sequential(
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=add).input_ids.to(model.device)
     clock = FirstToken()
     with torch.no_grad():
-        output = model.generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
-        )
+        output = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
     answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return clock.seconds, answer.strip()
 
@@ -215,8 +222,16 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     file = arguments.data / "questions.json"
     if not file.exists():
         raise SystemExit(f"Ask something with --question, or write {file}.")
-    loaded = json.loads(file.read_text(encoding="utf-8"))
-    return [Question(one["question"], one["answer"]) for one in loaded][: arguments.questions]
+    loaded = [
+        Question(one["question"], one["answer"], one.get("history", []))
+        for one in json.loads(file.read_text(encoding="utf-8"))
+    ]
+    talks = [question for question in loaded if question.history]
+    single = [question for question in loaded if not question.history]
+    wanted = arguments.questions
+    # A few of every kind: they stand in groups, from easy to hard.
+    step = max(1, len(single) // max(1, wanted))
+    return [*single[::step][:wanted], *talks[: max(2, wanted // 4)]]
 
 
 def introduce(llm: APELLM, documents: list[Document], nodes: list[Any]) -> None:
@@ -256,7 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dir", type=Path, help="the store (default: the user's cache)")
     parser.add_argument("--fresh", action="store_true", help="start with an empty store")
     parser.add_argument("--question", action="append", help="ask this (may be repeated)")
-    parser.add_argument("--questions", type=int, default=6, help="how many of questions.json")
+    parser.add_argument("--questions", type=int, default=8, help="how many of questions.json")
     parser.add_argument("--top-k", type=int, default=6, help="nodes to retrieve")
     parser.add_argument("--chunk-size", type=int, default=512, help="tokens per node")
     parser.add_argument("--max-new-tokens", type=int, default=32)

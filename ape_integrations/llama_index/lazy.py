@@ -121,7 +121,7 @@ class LazyGenerator:
         self._loading: threading.Thread | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyGenerator:
-        # Copies of an LLM share one model.
+        """Return itself: copies of an LLM share one model."""
         return self
 
     # Loading ------------------------------------------------------------------------------------

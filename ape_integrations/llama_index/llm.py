@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,6 +273,12 @@ class APELLM(CustomLLM):
     def generator(self) -> APEGenerator:
         """The generator behind this LLM; loads the model where that has not happened yet."""
         return self._lazy.get()
+
+    def identity(self) -> str:
+        """Tell apart LLMs whose states or stores differ, as far as that is known unloaded."""
+        source = self._lazy.source
+        store = "" if source.is_portable or source.store is None else f" in {id(source.store)}"
+        return f"{self.metadata.model_name}{store}"
 
     def register_contexts(self, texts: Iterable[str], query: str | None = None) -> None:
         """Make retrieved texts known, so that they are found in the next prompts.

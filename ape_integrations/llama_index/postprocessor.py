@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -33,9 +31,6 @@ class APENodePostprocessor(BaseNodePostprocessor):
     llm: SerializeAsAny[APELLM] = Field(description="The LLM that will read the nodes.")
 
     _pipeline: Pipeline = PrivateAttr(default_factory=Pipeline)
-
-    def __init__(self, llm: APELLM, **kwargs: Any) -> None:
-        super().__init__(llm=llm, **kwargs)
 
     @classmethod
     def class_name(cls) -> str:

@@ -50,9 +50,6 @@ class APECacheWarmer(TransformComponent):
     prompt: Any = Field(default=None, exclude=True, description="The prompt that will hold them.")
     show_progress: bool = Field(default=True, description="Show a progress bar.")
 
-    def __init__(self, llm: APELLM, prompt: Any = None, show_progress: bool = True) -> None:
-        super().__init__(llm=llm, prompt=prompt, show_progress=show_progress)
-
     @classmethod
     def class_name(cls) -> str:
         """Return the name under which LlamaIndex serialises the transformation."""
@@ -61,18 +58,17 @@ class APECacheWarmer(TransformComponent):
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Describe the warmer; an ``IngestionCache`` takes equal descriptions for equal work."""
         data = super().to_dict(**kwargs)
+        data["reads"] = self.llm.identity()
         if self.prompt is not None:
             data["prefixes"] = shared_prefixes(self.llm, self.prompt)
         return data
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs: names, and prefixes instead of engines."""
-        llm = self.llm.__getstate__() and self.llm  # says clearly what cannot be sent
         prompt = None if self.prompt is None else shared_prefixes(self.llm, self.prompt)
-        fields = {"llm": llm, "prompt": prompt, "show_progress": self.show_progress}
         return {
-            "__dict__": fields,
-            "__pydantic_fields_set__": set(fields),
+            "__dict__": {"llm": self.llm, "prompt": prompt, "show_progress": self.show_progress},
+            "__pydantic_fields_set__": {"llm", "prompt", "show_progress"},
             "__pydantic_extra__": None,
             "__pydantic_private__": None,
         }

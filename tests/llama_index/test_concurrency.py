@@ -1,0 +1,229 @@
+"""Threads, coroutines, and streams that are closed early."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from llama_index.core.query_engine import RetrieverQueryEngine
+
+from ape_integrations.core.errors import ContextWindowError
+from ape_integrations.llama_index import APELLM
+from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, make_nodes, user
+
+LONG = 400
+SOME = 30  # tokens, of which at least one completes a character
+
+
+def prompt(*texts: int) -> str:
+    """Return a prompt with some of the texts."""
+    contexts = "\n\n".join(TEXTS[i] for i in texts)
+    return f"Context:\n{contexts}\n\nQuestion: where is it?\nAnswer:"
+
+
+class Gate:
+    """A stopping criterion that lets generation go on token by token, and counts the tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.allowed = threading.Semaphore(0)
+        self.seen = threading.Semaphore(0)
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.tokens += 1
+        self.seen.release()
+        assert self.allowed.acquire(timeout=30)
+        return input_ids.new_zeros(input_ids.shape[0]).bool()
+
+
+def ape_threads() -> set[threading.Thread]:
+    """Return threads in which a model generates or a stream is read."""
+    return {
+        thread
+        for thread in threading.enumerate()
+        if "_run_stream" in thread.name or thread.name == "ape-astream"
+    }
+
+
+def wait_for_end_of(threads: set[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_threads_with_different_contexts_answer_as_if_alone(
+    make_llm: Callable[..., APELLM],
+) -> None:
+    sets = [(0, 1), (2, 3), (1, 2, 3), (3,), (0, 1, 2, 3), ()]
+    alone = make_llm()
+    alone.register_contexts(TEXTS)
+    expected = [alone.complete(prompt(*chosen), max_new_tokens=10).text for chosen in sets]
+    llm = make_llm()
+    llm.register_contexts(TEXTS)
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            answers = pool.map(
+                lambda chosen: llm.complete(prompt(*chosen), max_new_tokens=10).text, sets
+            )
+            assert list(answers) == expected
+
+
+def test_interleaved_streams_do_not_disturb_each_other(llm: APELLM) -> None:
+    llm.register_contexts(TEXTS)
+    prompts = [prompt(0, 1), prompt(2, 3)]
+    expected = [llm.complete(text, max_new_tokens=10).text for text in prompts]
+    streams = [llm.stream_complete(text, max_new_tokens=10) for text in prompts]
+    last = ["", ""]
+    while streams_left := [i for i, stream in enumerate(streams) if stream is not None]:
+        for i in streams_left:
+            try:
+                last[i] = next(streams[i]).text
+            except StopIteration:
+                streams[i] = None  # type: ignore[call-overload]
+    assert last == expected
+
+
+def test_closed_stream_stops_the_model(llm: APELLM) -> None:
+    gate = Gate()
+    before = set(threading.enumerate())
+    stream = llm.stream_complete(prompt(0), max_new_tokens=LONG, stopping_criteria=[gate])
+    gate.allowed.release(SOME)
+    next(stream)
+    running = set(threading.enumerate()) - before
+    assert running
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    gate.allowed.release(LONG)
+    closer.join(timeout=30)
+    wait_for_end_of(running)
+    assert gate.tokens < LONG
+
+
+def test_dropped_stream_stops_the_model(llm: APELLM) -> None:
+    gate = Gate()
+    before = set(threading.enumerate())
+    stream = llm.stream_chat([user(prompt(0))], max_new_tokens=LONG, stopping_criteria=[gate])
+    gate.allowed.release(SOME)
+    next(stream)
+    running = set(threading.enumerate()) - before
+    gate.allowed.release(LONG)
+    del stream
+    gc.collect()
+    wait_for_end_of(running)
+
+
+def test_closed_stream_leaves_the_llm_usable(llm: APELLM) -> None:
+    llm.register_contexts(TEXTS)
+    expected = llm.complete(prompt(0, 1)).text
+    for _ in range(3):
+        stream = llm.stream_complete(prompt(0, 1), max_new_tokens=LONG)
+        next(stream)
+        stream.close()
+    assert llm.complete(prompt(0, 1)).text == expected
+
+
+def test_stream_reports_an_error_to_its_reader(make_llm: Callable[..., APELLM]) -> None:
+    llm = make_llm(max_new_tokens=9000)
+    with pytest.raises(ContextWindowError):
+        list(llm.stream_complete(prompt(0)))
+
+
+async def test_event_loop_runs_during_a_completion(llm: APELLM) -> None:
+    gate = Gate()
+    task = asyncio.create_task(llm.acomplete(prompt(0), max_new_tokens=5, stopping_criteria=[gate]))
+    # The model waits for this coroutine, token by token: it could not if the loop were blocked.
+    for _ in range(5):
+        while not gate.seen.acquire(blocking=False):
+            await asyncio.sleep(0.001)
+            assert not task.done() or task.exception() is None
+        gate.allowed.release()
+    assert (await task).raw["usage"]["completion_tokens"] == 5
+
+
+async def test_event_loop_runs_during_a_stream(llm: APELLM) -> None:
+    gate = Gate()
+    stream = await llm.astream_chat([user(prompt(0))], max_new_tokens=5, stopping_criteria=[gate])
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while ticks < 5:
+            while not gate.seen.acquire(blocking=False):
+                await asyncio.sleep(0.001)
+            ticks += 1
+            gate.allowed.release()
+
+    ticking = asyncio.create_task(tick())
+    responses = [response async for response in stream]
+    await ticking
+    assert responses[-1].raw["usage"]["completion_tokens"] == 5
+
+
+async def test_cancelled_completion_stops_the_model(llm: APELLM) -> None:
+    gate = Gate()
+    task = asyncio.create_task(
+        llm.achat([user(prompt(0))], max_new_tokens=LONG, stopping_criteria=[gate])
+    )
+    gate.allowed.release(2)
+    while not gate.seen.acquire(blocking=False):
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.allowed.release(LONG)
+    # The thread is free again once the model has stopped.
+    await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+    await asyncio.to_thread(lambda: llm.complete(prompt(0)))
+    assert gate.tokens < LONG / 2
+
+
+async def test_closed_async_stream_stops_the_model(llm: APELLM) -> None:
+    gate = Gate()
+    before = set(threading.enumerate())
+    stream = await llm.astream_complete(prompt(0), max_new_tokens=LONG, stopping_criteria=[gate])
+    gate.allowed.release(SOME)
+    await stream.__anext__()
+    running = {
+        thread
+        for thread in set(threading.enumerate()) - before
+        if not thread.name.startswith("asyncio")  # the loop's own workers stay
+    }
+    await stream.aclose()
+    del stream
+    gc.collect()
+    while any(thread.is_alive() for thread in running):
+        await asyncio.sleep(0.01)  # the loop finalises the inner generator
+        gate.allowed.release()
+        assert gate.tokens < LONG / 2
+
+
+async def test_many_coroutines_get_their_own_answers(llm: APELLM) -> None:
+    llm.register_contexts(TEXTS)
+    prompts = [prompt(i) for i in range(len(TEXTS))]
+    expected = [llm.complete(text).text for text in prompts]
+    answers = await asyncio.gather(*(llm.acomplete(text) for text in prompts))
+    assert [answer.text for answer in answers] == expected
+
+
+def test_engine_in_many_threads_finds_its_nodes(llm: APELLM, calls: Calls) -> None:
+    engine = RetrieverQueryEngine.from_args(FixedRetriever(make_nodes()), llm=llm)
+    expected = str(engine.query("Where is the lamp?"))
+    calls.clear()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: str(engine.query("Where is the lamp?")), range(8)))
+    assert answers == [expected] * 8
+    assert [report["misses"] for report in calls.reports] == [0] * 8
+
+
+def test_model_is_loaded_once_by_many_threads(
+    make_llm: Callable[..., APELLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm()
+    with ThreadPoolExecutor(4) as pool:
+        generators = list(pool.map(lambda _: llm.generator, range(8)))
+    assert len(set(map(id, generators))) == 1
