@@ -35,6 +35,9 @@ class APEConfig:
         encoding.
     max_new_tokens : int
         Tokens to generate where a call does not say.
+    draft_tokens : int
+        Longest guess that is copied from the contexts and verified in one forward pass; the
+        output is the same, sooner where answers quote. 0 turns it off.
     self_check : bool
         When a model is attached, compare a dozen tokens behind one context with the model's own
         sequential result, and refuse a model that differs.
@@ -47,6 +50,7 @@ class APEConfig:
     context_separator: str = "\n\n"
     max_batch_tokens: int = 2048
     max_new_tokens: int = 256
+    draft_tokens: int = 8
     self_check: bool = True
 
     def __post_init__(self) -> None:
@@ -63,6 +67,10 @@ class APEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if isinstance(self.draft_tokens, bool) or not isinstance(self.draft_tokens, int):
+            raise ConfigError(f"draft_tokens must be a whole number, not {self.draft_tokens!r}.")
+        if self.draft_tokens < 0:
+            raise ConfigError("draft_tokens must be at least 0, which turns drafts off.")
         for name in ("default_prefix", "context_separator"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string.")

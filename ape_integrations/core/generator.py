@@ -26,6 +26,7 @@ from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.chat import template_special_tokens, turn_markers
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.context_sets import ContextSet, ContextSetPool
+from ape_integrations.core.decoding import ContextDrafts, decode
 from ape_integrations.core.encoder import ContextEncoder
 from ape_integrations.core.errors import ConfigError, UnsupportedModelError
 from ape_integrations.core.fingerprint import ModelFingerprint
@@ -36,7 +37,7 @@ from ape_integrations.core.generation import (
     TextAssembler,
     TokenSink,
 )
-from ape_integrations.core.model import attach, check_supported
+from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.registry import ContextRegistry
@@ -90,13 +91,14 @@ class APEGenerator:
     ) -> None:
         check_supported(model)
         self.config = config or APEConfig()
-        self.model = model.eval()
+        with unchanged_on_failure(model):
+            self.model = model.eval()
+            self.info = attach(model)
+            self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
+            if self.config.self_check:
+                self_check(model, self.info, self._encoder)
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
-        self.info = attach(model)
-        self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
-        if self.config.self_check:
-            self_check(model, self.info, self._encoder)
         self.store = open_store(store)
         self.registry = ContextRegistry()
         self._splitter = PromptSplitter(
@@ -425,6 +427,8 @@ class APEGenerator:
             sequences: Any = self.model.generate(
                 input_ids,
                 attention_mask=mask,
+                # Some models would go by what an earlier prompt with pictures has left in them.
+                position_ids=(mask.cumsum(dim=-1) - 1).clamp_min(0),
                 stopping_criteria=StoppingCriteriaList([sink]),
                 **kwargs,
                 **cache,
@@ -436,7 +440,9 @@ class APEGenerator:
             with self.assemble(fitted, figures, padding) as cache:
                 if settings.single and len(queries) == 1:
                     figures.reused = self._tails.restore(cache.name, queries[0], cache)
-                sequences = generate(past_key_values=cache)
+                sequences = generate(
+                    past_key_values=cache, **self._drafts(settings, fitted, len(queries))
+                )
                 behind = sequences[0, input_ids.shape[1] - len(queries[0]) :].tolist()
                 self._tails.keep(cache.name, behind, cache)
         else:
@@ -448,6 +454,15 @@ class APEGenerator:
             _result(row, replace(fitted, query=query), figures)
             for row, query in zip(rows, queries, strict=True)
         ]
+
+    def _drafts(
+        self, settings: GenerationSettings, prompt: PreparedPrompt, batch: int
+    ) -> dict[str, Any]:
+        """Return the arguments that let ``model.generate()`` copy drafts from the contexts."""
+        if not self.config.draft_tokens or batch > 1 or not settings.draftable:
+            return {}
+        drafts = ContextDrafts([*prompt.contexts, prompt.query], self.config.draft_tokens)
+        return {"custom_generate": decode, "drafts": drafts}
 
     def _padded(
         self, prompt: PreparedPrompt, queries: Sequence[Sequence[int]]

@@ -80,6 +80,18 @@ class GenerationSettings:
         return value
 
     @property
+    def draftable(self) -> bool:
+        """Whether tokens are chosen one by one, greedily or sampled, with nobody watching."""
+        plain = GenerationConfig()
+        other = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale")
+        return (
+            self.single
+            and self.kwargs.get("streamer") is None
+            and all(self._value(name) in (None, getattr(plain, name, None)) for name in other)
+            and "custom_generate" not in self.kwargs
+        )
+
+    @property
     def end_tokens(self) -> list[int]:
         """Ids that end a sequence."""
         return _as_list(self._value("eos_token_id"))
