@@ -147,6 +147,10 @@ class DiskKVStore(LoadsByGet):
             return None
         return from_layers(destination), row.tag
 
+    def touch(self, key: str) -> None:
+        """Note that an entry was used, though a faster tier delivered it."""
+        self._usage.hit(self._keys.full(key))
+
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store the states of one context; see `KVStore.put`."""
         full_key = self._keys.full(key)

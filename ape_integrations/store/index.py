@@ -203,8 +203,6 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
             statistics=0,
             tag_index=0,
             size_limit=2**62,
-            # Keeps the log beside the database near one megabyte: it takes room on the disk too.
-            sqlite_wal_autocheckpoint=256,
             disk_min_file_size=0,
         )
         for statement in CREATE_TABLES:

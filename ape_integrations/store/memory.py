@@ -94,6 +94,12 @@ class MemoryKVStore(LoadsByGet):
                 return None
             return entry.states, entry.tag
 
+    def touch(self, key: str) -> None:
+        """Note that an entry was used, though a faster tier delivered it."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store a copy of the states; see `KVStore.put`."""
         if states.nbytes > self._max_bytes:

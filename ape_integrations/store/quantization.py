@@ -85,7 +85,7 @@ def quantize(states: Tensor, dtype: torch.dtype, is_key: bool) -> tuple[Tensor, 
     if dtype == states.dtype:
         return (states,)
     if not is_scaled(dtype):
-        limit = torch.finfo(dtype).max
+        limit = min(torch.finfo(dtype).max, torch.finfo(states.dtype).max)
         return (states.clamp(-limit, limit).to(dtype),)
     largest = states.float().abs().amax(dim=0 if is_key else 2, keepdim=True)
     if not bool(torch.isfinite(largest).all()):

@@ -116,6 +116,9 @@ class RedisKVStore(LoadsByGet):
         found = self._read(self._keys.full(key), spec, destination)
         return (from_layers(destination), found[1]) if found else None
 
+    def touch(self, key: str) -> None:
+        """Do nothing: a round trip for every hit of a faster tier would cost more than it gains."""
+
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store the states of one context; see `KVStore.put`."""
         stored = False

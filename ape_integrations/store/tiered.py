@@ -25,6 +25,9 @@ from ape_integrations.store.memory import MemoryKVStore
 from ape_integrations.store.sizes import parse_size
 from ape_integrations.store.write_back import WriteBack
 
+_HITS_PER_FLUSH = 256
+"""Hits after which slower tiers write down what was used."""
+
 
 class Tier(KVStore, Protocol):
     """A store that can be a tier."""
@@ -33,13 +36,17 @@ class Tier(KVStore, Protocol):
         """Return an entry, for reading only, and its tag, without counting a use."""
         ...
 
+    def touch(self, key: str) -> None:
+        """Note that an entry was used, though a faster tier delivered it."""
+        ...
+
 
 class TieredKVStore(LoadsByGet):
     """Several stores as one, fastest first, for example memory, disk, Redis.
 
     `put` reaches the fastest tier at once and the others from one background thread; the entry can
     be found all the while. `load` asks the tiers in order; what it finds in a slow one is copied
-    to the faster ones in the background.
+    to the faster ones in the background, when nothing else is going on.
 
     Parameters
     ----------
@@ -64,7 +71,7 @@ class TieredKVStore(LoadsByGet):
         self._promoting: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._locking: KVStore = next((t for t in tiers if isinstance(t, DiskKVStore)), tiers[0])
-        call_at_exit(self, TieredKVStore.flush)
+        call_at_exit(self, TieredKVStore.close)
 
     def __repr__(self) -> str:
         return f"TieredKVStore({', '.join(map(repr, self.tiers))})"
@@ -76,12 +83,14 @@ class TieredKVStore(LoadsByGet):
     def load(self, key: str, spec: KVSpec, destination: Destination) -> int | None:
         """Read an entry from the fastest tier that has it; see `KVStore.load`."""
         check_destination(spec, destination)
+        self._background.note_activity()
         nbytes = self._load_pending(key, spec, destination)
         if nbytes is None:
             for depth, tier in enumerate(self.tiers):
                 nbytes = tier.load(key, spec, destination)
                 if nbytes is not None:
                     self._promote(key, spec, depth)
+                    self._note_use(key, depth)
                     break
         with self._lock:
             self._counts["misses" if nbytes is None else "hits"] += 1
@@ -154,14 +163,19 @@ class TieredKVStore(LoadsByGet):
     def flush(self) -> None:
         """Wait until everything put so far has reached every tier."""
         self._background.flush()
-        for tier in self.tiers:
-            tier.flush()
+        self._flush_tiers()
 
     def close(self) -> None:
-        """Flush and close all tiers."""
+        """Write what is pending and close all tiers."""
+        self._background.drop_patient()
+        self._promoting.clear()
         self.flush()
         for tier in self.tiers:
             tier.close()
+
+    def _flush_tiers(self) -> None:
+        for tier in self.tiers:
+            tier.flush()
 
     def _load_pending(self, key: str, spec: KVSpec, destination: Destination) -> int | None:
         states = self._pending.get(key)
@@ -184,6 +198,13 @@ class TieredKVStore(LoadsByGet):
             for tier in self.tiers[1:]:
                 tier.delete(key)
 
+    def _note_use(self, key: str, depth: int) -> None:
+        """Tell the slower tiers, or they would give up first what is used most."""
+        for tier in self.tiers[depth + 1 :]:
+            tier.touch(key)
+        if self._counts["hits"] % _HITS_PER_FLUSH == _HITS_PER_FLUSH - 1:
+            self._background.submit_patient(self._flush_tiers)
+
     def _promote(self, key: str, spec: KVSpec, depth: int) -> None:
         """Copy an entry to the tiers above the one that had it, if there is time."""
         with self._lock:
@@ -199,7 +220,8 @@ class TieredKVStore(LoadsByGet):
                         _put(tier, key, *found)
             self._promoting.discard(key)
 
-        if not self._background.submit(promote, spec.nbytes, wait=False):
+        # Fresh memory is slow, and somebody waits for an answer now.
+        if not self._background.submit_patient(promote, spec.nbytes):
             self._promoting.discard(key)
 
     @contextmanager

@@ -22,6 +22,7 @@ class PendingUsage:
         """Note that an entry was loaded."""
         with self._lock:
             self._counts["hits"] += 1
+            # Popped first: the order of the dictionary is the order of last uses.
             count, _ = self._uses.pop(key, (0, 0.0))
             self._uses[key] = (count + 1, time.time())
 

@@ -25,7 +25,7 @@ def realistic_states(dtype: torch.dtype = torch.float32) -> KVStates:
     ("kv_dtype", "tolerance"),
     [("bfloat16", 2**-8), ("float16", 2**-11), ("float8_e4m3", 2**-4), ("int8", None)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_stays_within_the_dtypes_precision(tmp_path, kv_dtype, tolerance, dtype):
     states = realistic_states(dtype)
     store = DiskKVStore(tmp_path / "kv", kv_dtype=kv_dtype)

@@ -11,6 +11,7 @@ from store_helpers import make_states, same, spec_of
 
 from ape_integrations.core.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
+from ape_integrations.store.serialization import entry_nbytes
 from ape_integrations.store.write_back import WriteBack
 
 SPEC = spec_of()
@@ -80,6 +81,33 @@ def test_what_the_disk_had_reaches_memory(disk):
     assert same(memory.get("k", SPEC), make_states(1))
     assert memory.stats().tags["llama"].entries == 1
     assert disk.stats().hits == 1, "copying between tiers is no use of an entry"
+
+
+def test_copying_to_memory_waits_until_nothing_else_goes_on(disk):
+    disk.put("k", make_states(1))
+    memory = MemoryKVStore("1MB")
+    store = TieredKVStore(memory, disk)
+    store.get("k", SPEC)
+    assert not memory.contains("k")
+    end = time.monotonic() + 30
+    while not memory.contains("k") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert same(memory.get("k", SPEC), make_states(1)), "it happens without a flush"
+
+
+def test_use_from_memory_keeps_an_entry_on_disk(tmp_path):
+    size = entry_nbytes("v1//auto/0", SPEC)
+    disk = DiskKVStore(tmp_path / "kv", 3 * size)
+    store = TieredKVStore(MemoryKVStore("1MB"), disk)
+    for number in range(3):
+        store.put(str(number), make_states(number))
+    store.flush()
+    assert store.get("0", SPEC) is not None
+    for number in range(3, 9):
+        store.put(str(number), make_states(number))
+    store.flush()
+    assert disk.contains("0") and not disk.contains("1")
+    assert disk.stats().hits == 1
 
 
 def test_deleted_while_being_written_stays_deleted(disk, monkeypatch):
