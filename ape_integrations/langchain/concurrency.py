@@ -86,4 +86,5 @@ async def iterate(stream: GenerationStream) -> AsyncGenerator[str, None]:
         finished = True
     finally:
         if not finished:
-            await asyncio.shield(asyncio.to_thread(stream.close))
+            # Handed over at once, so that it happens even if this task is cancelled again.
+            await asyncio.shield(loop.run_in_executor(None, stream.close))

@@ -87,7 +87,7 @@ TOOL_TEMPLATE = (
 @cache
 def loaded_model() -> Any:
     model = tiny_model(max_position_embeddings=8192)
-    # Letters only, so that a token is a character that is shown at once.
+    # Letters only, and no end, so that each token is a character that is shown at once.
     vocabulary = loaded_tokenizer().get_vocab()
     silent = [
         i
@@ -95,7 +95,7 @@ def loaded_model() -> Any:
         if not (len(token) == 1 and token.isascii() and token.isalpha())
     ]
     unused = range(len(vocabulary), model.config.vocab_size)
-    model.generation_config.suppress_tokens = sorted({*silent, *unused} - {2})
+    model.generation_config.suppress_tokens = sorted({*silent, *unused})
     return model
 
 

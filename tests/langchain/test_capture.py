@@ -1,0 +1,137 @@
+"""Retrieved documents reach the model without a line of user code."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableLambda
+
+from ape_integrations import APELanguageModel, MemoryKVStore
+from ape_integrations.langchain.capture import capture_hook
+from ape_integrations.langchain.engine import engines
+from tests.langchain.helpers import (
+    QUESTIONS,
+    TEXTS,
+    Calls,
+    WordRetriever,
+    loaded_model,
+    loaded_tokenizer,
+    tiny_chat,
+)
+from tests.langchain.pipelines import lcel
+
+
+class FailingRetriever(BaseRetriever):
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        raise ConnectionError("no index")
+
+
+def test_documents_and_query_of_any_retriever_are_registered() -> None:
+    chat = tiny_chat()
+    assert len(chat.generator.registry) == 0
+    documents = WordRetriever().invoke(QUESTIONS[0])
+    registry = chat.generator.registry
+    assert len(registry) == len(documents)
+    assert QUESTIONS[0] in registry.queries()
+
+
+def test_async_and_threaded_retrievers_are_captured() -> None:
+    chat = tiny_chat()
+    asyncio.run(WordRetriever(k=1).ainvoke(QUESTIONS[0]))
+    assert len(chat.generator.registry) == 1
+    thread = threading.Thread(target=lambda: WordRetriever(k=2).invoke(QUESTIONS[0]))
+    thread.start()
+    thread.join()
+    assert len(chat.generator.registry) == 2
+
+
+def test_documents_retrieved_before_the_model_is_loaded_are_not_lost() -> None:
+    chat = tiny_chat()
+    WordRetriever().invoke(QUESTIONS[0])
+    assert chat._engine._generator is None
+    assert len(chat.generator.registry) == 3
+
+
+def test_capture_can_be_switched_off_per_model() -> None:
+    store = MemoryKVStore()
+    on, off = tiny_chat(store=store), tiny_chat(store=store, capture=False)
+    calls = {True: Calls(), False: Calls()}
+    for chat in (on, off):
+        chain = lcel(chat, WordRetriever())
+        chain.invoke(QUESTIONS[0], {"callbacks": [calls[chat.capture]]})
+    assert calls[True].total("contexts") == 3
+    assert calls[False].total("contexts") == 0
+
+
+def test_completion_model_is_served_too() -> None:
+    model = APELanguageModel(
+        model=loaded_model(),
+        tokenizer=loaded_tokenizer(),
+        store=MemoryKVStore(),
+        temperature=0,
+        max_tokens=4,
+    )
+    calls = Calls()
+    for _ in range(2):
+        lcel(model, WordRetriever()).invoke(QUESTIONS[0], {"callbacks": [calls]})  # type: ignore[arg-type]
+    assert [report["hits"] for report in calls.reports] == [0, 3]
+
+
+def test_failing_retriever_raises_and_leaves_nothing_behind() -> None:
+    hook = capture_hook.get()
+    assert hook is not None
+    with pytest.raises(ConnectionError):
+        FailingRetriever().invoke("anything")
+    assert not hook._queries
+    WordRetriever().invoke(QUESTIONS[0])
+    assert not hook._queries
+
+
+def test_models_that_nobody_holds_are_forgotten() -> None:
+    chat = tiny_chat()
+    generator = weakref.ref(chat.generator)
+    assert any(engine is chat._engine for engine in engines())
+    del chat
+    gc.collect()
+    assert generator() is None
+
+
+def test_nested_retrieval_inside_a_function_is_captured() -> None:
+    chat, calls = tiny_chat(), Calls()
+    retriever = WordRetriever()
+
+    def answer(question: str) -> Any:
+        documents = retriever.invoke(question)
+        return chat.invoke("\n\n".join([*(d.page_content for d in documents), question]))
+
+    RunnableLambda(answer).invoke(QUESTIONS[0], {"callbacks": [calls]})
+    assert calls.total("contexts") == 3
+
+
+def test_prefetch_brings_stored_states_back_before_the_request(tmp_path: Any) -> None:
+    chat = tiny_chat(cache_dir=str(tmp_path))
+    chain = lcel(chat, WordRetriever())
+    chain.invoke(QUESTIONS[0])
+    store = chat.generator.store
+    store.flush()
+    hits = store.stats().hits
+    WordRetriever().invoke(QUESTIONS[0])
+    chat.generator.close()  # waits for the background
+    assert store.stats().hits >= hits + 3
+
+
+def test_document_that_is_part_of_the_question_stays_there() -> None:
+    chat, calls = tiny_chat(), Calls()
+    retriever = WordRetriever(documents=(Document("Aldor"), Document(TEXTS[0])), k=2)
+    lcel(chat, retriever).invoke("What is Aldor", {"callbacks": [calls]})
+    assert calls.total("contexts") == 2

@@ -1,0 +1,218 @@
+"""Many questions at once, abandoned streams, cancelled tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.runnables import Runnable
+
+from ape_integrations import APELanguageModel, ChatAPE
+from tests.langchain.helpers import QUESTIONS, TEXTS, Calls, WordRetriever, tiny_chat
+from tests.langchain.pipelines import ANSWER_PROMPT, lcel
+
+SIXTEEN = [*QUESTIONS, *(f"Tell me shortly: {question}" for question in QUESTIONS)]
+
+
+def in_threads(chain: Runnable[str, str], calls: Calls) -> list[str]:
+    return chain.batch(SIXTEEN, {"callbacks": [calls], "max_concurrency": 16})
+
+
+def in_tasks(chain: Runnable[str, str], calls: Calls) -> list[str]:
+    return asyncio.run(chain.abatch(SIXTEEN, {"callbacks": [calls]}))
+
+
+@pytest.mark.parametrize("ask_all", [in_threads, in_tasks])
+def test_sixteen_questions_at_once_are_right_and_encode_each_document_once(
+    ask_all: Callable[[Runnable[str, str], Calls], list[str]],
+) -> None:
+    one_by_one = lcel(tiny_chat(), WordRetriever())
+    expected = [one_by_one.invoke(question) for question in SIXTEEN]
+    assert len(set(expected)) > 8
+    calls = Calls()
+    assert ask_all(lcel(tiny_chat(), WordRetriever()), calls) == expected
+    assert calls.total("contexts") == 3 * 16
+    assert calls.total("misses") == len(TEXTS)
+    assert calls.total("hits") == 3 * 16 - len(TEXTS)
+
+
+def forward_passes(chat: ChatAPE, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that grows with each forward pass of the model."""
+    passes: list[float] = []
+    model = chat.generator.model
+    forward = model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        passes.append(time.monotonic())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting)
+    return passes
+
+
+def generating() -> set[threading.Thread]:
+    """Return the threads that generate right now."""
+    return {t for t in threading.enumerate() if "_run_stream" in t.name or "ape-stream" in t.name}
+
+
+def test_abandoned_stream_stops_generating_and_frees_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = tiny_chat(max_tokens=2000)
+    passes = forward_passes(chat, monkeypatch)
+    stream = chat.stream("Hello")
+    first = next(stream)
+    stream.close()
+    done = len(passes)
+    assert first.content and done < 1000
+    assert not generating()
+    assert chat.invoke("Hello", max_tokens=4).usage_metadata["output_tokens"] == 4
+    assert len(passes) == done + 4
+
+
+def test_dropped_stream_stops_generating(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = tiny_chat(max_tokens=2000)
+    passes = forward_passes(chat, monkeypatch)
+    for _ in chat.stream("Hello"):
+        break
+    assert not generating()
+    assert len(passes) < 1000
+
+
+def test_interleaved_streams_both_finish() -> None:
+    chat = tiny_chat(max_tokens=20)
+    questions = QUESTIONS[:2]
+    chain = lcel(chat, WordRetriever())
+    expected = tuple(chain.invoke(question) for question in questions)
+    pairs = list(zip(*(chain.stream(question) for question in questions), strict=True))
+    assert len(pairs) >= 20
+    assert tuple("".join(pieces) for pieces in zip(*pairs, strict=True)) == expected
+
+
+def test_interleaved_async_streams_both_finish() -> None:
+    chain = lcel(tiny_chat(max_tokens=20), WordRetriever())
+
+    async def read(question: str) -> str:
+        return "".join([piece async for piece in chain.astream(question)])
+
+    async def both() -> list[str]:
+        return await asyncio.gather(read(QUESTIONS[0]), read(QUESTIONS[1]))
+
+    assert asyncio.run(both()) == [chain.invoke(question) for question in QUESTIONS[:2]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_generation_does_not_block_the_event_loop(streaming: bool) -> None:
+    chat = tiny_chat(max_tokens=40)
+
+    async def ticks_while_answering() -> int:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0)
+                ticks += 1
+
+        async def answer() -> None:
+            if streaming:
+                async for _ in chat.astream("Hello"):
+                    pass
+            else:
+                await chat.ainvoke("Hello")
+
+        ticker = asyncio.create_task(tick())
+        await answer()
+        ticker.cancel()
+        return ticks
+
+    assert asyncio.run(ticks_while_answering()) > 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cancelled_task_stops_generating(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = tiny_chat(max_tokens=4000)
+    passes = forward_passes(chat, monkeypatch)
+
+    async def answer() -> None:
+        if streaming:
+            async for _ in chat.astream("Hello"):
+                pass
+        else:
+            await chat.ainvoke("Hello")
+
+    async def cancel_half_way() -> None:
+        task = asyncio.create_task(answer())
+        while len(passes) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    # Leaving asyncio.run() waits for the worker threads.
+    asyncio.run(cancel_half_way())
+    assert len(passes) < 2000
+
+
+def test_left_async_stream_stops_generating(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = tiny_chat(max_tokens=4000)
+    passes = forward_passes(chat, monkeypatch)
+
+    async def read_one() -> None:
+        stream = chat.astream("Hello")
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(read_one())
+    for thread in generating():
+        thread.join(timeout=20)
+    assert len(passes) < 2000 and not generating()
+
+
+def test_error_while_streaming_reaches_the_reader_and_the_next_call_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = tiny_chat()
+    with monkeypatch.context() as patch:
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        patch.setattr(chat.generator.model, "forward", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(chat.stream("Hello"))
+
+        async def read() -> None:
+            async for _ in chat.astream("Hello"):
+                pass
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            asyncio.run(read())
+    assert chat.invoke("Hello").content
+
+
+def test_many_threads_load_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[int] = []
+    chat = tiny_chat()
+    settings = type(chat._engine.settings)
+    load = settings.load
+
+    def counting(self: Any) -> Any:
+        loads.append(1)
+        return load(self)
+
+    monkeypatch.setattr(settings, "load", counting)
+    prompts = [ANSWER_PROMPT.invoke({"context": "", "input": q}) for q in QUESTIONS]
+    assert len(chat.batch(prompts)) == len(QUESTIONS)
+    assert len(loads) == 1
+
+
+def test_completion_model_shares_the_engine_of_a_chat_model() -> None:
+    chat = tiny_chat()
+    completion = APELanguageModel(model=chat.generator, temperature=0, max_tokens=4)
+    assert completion.generator is chat.generator
