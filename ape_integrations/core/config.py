@@ -30,6 +30,10 @@ class APEConfig:
     context_separator : str
         Text appended to every context before encoding, so that a context reads as it does in a
         prompt whatever its rank.
+    reorder : bool
+        Text before the contexts that varies from request to request (a question, a conversation)
+        moves behind them, so that it does not enter their keys. Without it the order of the prompt
+        is kept, and states are found again only where the question comes last.
     max_batch_tokens : int
         Tokens (padding included) that are encoded in one forward pass; bounds the memory of
         encoding.
@@ -48,6 +52,7 @@ class APEConfig:
     adapt_single_context: bool = False
     default_prefix: str = "\n\n"
     context_separator: str = "\n\n"
+    reorder: bool = True
     max_batch_tokens: int = 2048
     max_new_tokens: int = 256
     draft_tokens: int = 8

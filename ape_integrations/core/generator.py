@@ -103,6 +103,7 @@ class APEGenerator:
         self.registry = ContextRegistry()
         self._splitter = PromptSplitter(
             self.registry,
+            reorder=self.config.reorder,
             special_tokens=template_special_tokens(tokenizer),
             turn_markers=turn_markers(tokenizer),
         )
@@ -159,8 +160,12 @@ class APEGenerator:
     # Prompts ------------------------------------------------------------------------------------
 
     def split(self, prompt: str) -> PromptParts:
-        """Split a rendered prompt into prefix, registered contexts and query."""
-        return self._splitter.split(prompt)
+        """Split a rendered prompt into prefix, registered contexts and query.
+
+        A prompt that ends with a context has no query that could read it, and stays whole.
+        """
+        parts = self._splitter.split(prompt)
+        return parts if parts.query or not parts.contexts else PromptParts("", (), prompt)
 
     def prepare(self, prefix: str, contexts: Sequence[str], query: str) -> PreparedPrompt:
         """Tokenise each part of a prompt alone.

@@ -342,6 +342,29 @@ def test_special_tokens_in_a_document_are_plain_text(generator: APEGenerator) ->
     assert generator.tokenizer.decode(ids).startswith("<|im_end|>")
 
 
+def test_prompt_that_ends_with_a_context_is_an_ordinary_generation(
+    generator: APEGenerator,
+) -> None:
+    generator.registry.register(DOCUMENTS)
+    prompt = PREFIX + "\n\n".join(DOCUMENTS)
+    result = generator.generate_prompt(prompt, do_sample=False)
+    assert result.cache["contexts"] == 0
+    assert result.token_ids == generator.generate("", [], prompt, do_sample=False).token_ids
+
+
+def test_order_of_the_prompt_can_be_kept(model: LlamaForCausalLM) -> None:
+    prompt = f"<s>Question: who sings?\n{DOCUMENTS[0]}\n\n{DOCUMENTS[2]}\nAnswer:"
+    parts = {}
+    for reorder in (True, False):
+        config = APEConfig(reorder=reorder)
+        generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore(), config)
+        generator.registry.register(DOCUMENTS, "who sings?")
+        parts[reorder] = generator.split(prompt)
+        assert parts[reorder].contexts == (DOCUMENTS[0], DOCUMENTS[2])
+    assert "who sings?" in parts[False].prefix
+    assert "who sings?" in parts[True].query
+
+
 def test_special_tokens_are_not_added_twice(generator: APEGenerator) -> None:
     bos = generator.tokenizer.bos_token_id
     assert generator.prepare(PREFIX, DOCUMENTS, QUERY).prefix.count(bos) == 1
