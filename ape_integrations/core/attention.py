@@ -111,7 +111,8 @@ def register(original: str) -> str:
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         original = name.removeprefix("ape_")
         AttentionInterface.register(name, partial(ape_attention_forward, fallback=original))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        mask = partial(_fallback_mask, fallback=ALL_MASK_ATTENTION_FUNCTIONS[original])
+        AttentionMaskInterface.register(name, mask)
     return name
 
 
@@ -142,7 +143,7 @@ def ape_attention_forward(
         Output ``(batch, length, heads, head_dim)``; no attention weights.
     """
     if not isinstance(key, PartitionedStates):
-        forward = _fallback_forward(module, fallback)
+        forward = fallback_forward(module, fallback)
         return forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -161,7 +162,15 @@ def ape_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _fallback_forward(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _fallback_mask(*args: Any, fallback: Callable[..., Any], **kwargs: Any) -> Any:
+    """Build the mask that the model would use without APE attention."""
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+        # Gemma 4 leaves out queries only where it knows that its masks are not left to `is_causal`.
+        kwargs["allow_is_causal_skip"] = False
+    return fallback(*args, **kwargs)
+
+
+def fallback_forward(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the attention function that ``module`` would use under implementation ``name``."""
     # transformers keeps each family's eager function in the family's own modeling file.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -201,7 +210,9 @@ def partitioned_attention(
     Tensor
         ``(batch, heads, length, head_dim)`` in the query's dtype.
     """
-    first, last = states.query_position, states.query_position + query.shape[2] - 1
+    # Layers that share an earlier layer's states may ask for the last tokens alone (Gemma 4).
+    last = states.rest[-1].last_position
+    first = last - query.shape[2] + 1
     outputs: list[Tensor] = []
     lses: list[Tensor] = []
     for part in (states.contexts, *states.rest):
@@ -212,6 +223,8 @@ def partitioned_attention(
             if states.padding is None and first - part.last_position >= sliding_window:
                 continue
             mask = _window_mask(part, states, first, last, sliding_window)
+        elif part.causal and 1 < query.shape[2] < part.keys.shape[2]:
+            mask = _window_mask(part, states, first, last, last + 1)
         if part.visible is not None:
             mask = _padding_mask(part, mask, last - first + 1)
         is_context = part is states.contexts
@@ -249,9 +262,10 @@ def _padding_mask(part: Partition, mask: Tensor | None, length: int) -> Tensor:
     assert part.visible is not None
     visible = part.visible[:, None, :].expand(-1, length, -1)
     if part.causal and length > 1:
-        itself = torch.eye(length, dtype=torch.bool, device=visible.device)
+        keys = visible.shape[-1]
+        itself = torch.eye(keys, dtype=torch.bool, device=visible.device)
         # Padding must see something, itself, or its states would be undefined.
-        visible = (visible & torch.ones_like(itself).tril()) | itself
+        visible = (visible & torch.ones_like(itself).tril()[-length:]) | itself[-length:]
     return visible if mask is None else visible & mask
 
 
