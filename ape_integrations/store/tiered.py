@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 from ape_integrations.core.errors import ConfigError
-from ape_integrations.store.at_exit import call_at_exit
 from ape_integrations.store.base import (
     Destination,
     KVSpec,
@@ -71,7 +70,6 @@ class TieredKVStore(LoadsByGet):
         self._promoting: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._locking: KVStore = next((t for t in tiers if isinstance(t, DiskKVStore)), tiers[0])
-        call_at_exit(self, TieredKVStore.close)
 
     def __repr__(self) -> str:
         return f"TieredKVStore({', '.join(map(repr, self.tiers))})"
@@ -167,9 +165,8 @@ class TieredKVStore(LoadsByGet):
 
     def close(self) -> None:
         """Write what is pending and close all tiers."""
-        self._background.drop_patient()
+        self._background.finish()
         self._promoting.clear()
-        self.flush()
         for tier in self.tiers:
             tier.close()
 

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from ape_integrations.store.at_exit import call_at_exit
+
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], object]
@@ -43,6 +45,7 @@ class WriteBack:
         self._last_activity = 0.0
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
+        call_at_exit(self, WriteBack.finish)
 
     def submit(self, work: Work, nbytes: int = 0) -> None:
         """Have `work` done after all that was submitted before.
@@ -92,14 +95,16 @@ class WriteBack:
             self._changed.wait_for(lambda: self._unfinished == 0)
             self._flushing -= 1
 
-    def drop_patient(self) -> None:
-        """Forget work that is not urgent and has not begun."""
+    def finish(self) -> None:
+        """Do what is urgent now and forget the rest; called when the process ends as well."""
+        self._forget_parents_work()
         with self._changed:
             for _, nbytes in self._patient:
                 self._bytes -= nbytes
                 self._unfinished -= 1
             self._patient.clear()
             self._changed.notify_all()
+        self.flush()
 
     def _is_full(self, nbytes: int) -> bool:
         return self._bytes > 0 and self._bytes + nbytes > self._max_bytes

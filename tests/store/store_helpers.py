@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ape_integrations.store import DiskKVStore, KVSpec, KVStates, LayerSpec
+from ape_integrations.store import DiskKVStore, KVSpec, KVStates, KVStore, LayerSpec, open_store
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["ape_integrations.store"])
@@ -124,6 +124,18 @@ def encode_once(directory: str, key: str, start: Any, encoded: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def fill_store(store: KVStore, count: int) -> None:
+    """Store entries, check that they can be read, and leave the rest to the store."""
+    for number in range(count):
+        store.put(str(number), make_states(number))
+    assert same(store.get("0", spec_of()), make_states(0))
+
+
+def put_and_return(directory: str, count: int) -> None:
+    """Store entries through tiers and end without a word."""
+    fill_store(open_store(directory), count)
 
 
 def read_all(directory: str, numbers: list[int], results: Any) -> None:

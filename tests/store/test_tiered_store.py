@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from store_helpers import make_states, same, spec_of
+from store_helpers import SPAWN, fill_store, make_states, put_and_return, same, spec_of
 
 from ape_integrations.core.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
@@ -169,6 +170,26 @@ for number in range(20):
 store.get("3", make_states(3, tokens=200).spec)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path.cwd())
+    disk = DiskKVStore(tmp_path / "kv")
+    assert all(disk.contains(str(number)) for number in range(20))
+
+
+def test_pending_entries_are_written_when_a_worker_process_ends(tmp_path):
+    process = SPAWN.Process(target=put_and_return, args=(str(tmp_path / "kv"), 20))
+    process.start()
+    process.join(60)
+    disk = DiskKVStore(tmp_path / "kv")
+    assert all(disk.contains(str(number)) for number in range(20))
+
+
+def test_forked_process_goes_on_with_its_parents_store(tmp_path):
+    store = TieredKVStore(MemoryKVStore("1MB"), DiskKVStore(tmp_path / "kv"))
+    store.put("0", make_states(0))
+    store.flush()
+    process = multiprocessing.get_context("fork").Process(target=fill_store, args=(store, 20))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     disk = DiskKVStore(tmp_path / "kv")
     assert all(disk.contains(str(number)) for number in range(20))
 
