@@ -17,6 +17,7 @@ _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
 _FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?\Z", re.DOTALL)
+_BETWEEN = re.compile(r"[\s;,]*")
 _PYTHON_TAG = "<|python_tag|>"
 
 
@@ -98,31 +99,31 @@ def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
     if "<tool_call>" in text:
         found = ToolCalls(text[: text.index("<tool_call>")].rstrip())
         for match in _TAGGED.finditer(text):
-            _read(match.group(1), found)
+            _add(list(_json_values(match.group(1))), match.group(1), found)
         return found
     if _MISTRAL in text:
         before, *parts = text.split(_MISTRAL)
         found = ToolCalls(before.rstrip())
         for part in parts:
             named = _MISTRAL_NAMED.match(part)
+            values = list(_json_values(part[named.end() :] if named else part))
             if named:
-                part = f'{{"name": {json.dumps(named[1])}, "arguments": {part[named.end() :]}}}'
-            _read(part, found)
+                values = [{"name": named[1], "arguments": value} for value in values[:1]]
+            _add(values, part, found)
         return found
     bare = text.replace(_PYTHON_TAG, "").strip()
     fence = _FENCE.match(bare)
     bare = fence[1] if fence else bare
     if bare.startswith(("{", "[")):
         found = ToolCalls("")
-        _read(bare, found)
+        _add(list(_json_values(bare)), bare, found)
         if found.calls and all(call["name"] in names for call in found.calls):
             return found
     return ToolCalls(text)
 
 
-def _read(text: str, found: ToolCalls) -> None:
-    """Add the calls of one piece of JSON, or of several in a row."""
-    values = list(_json_values(text))
+def _add(values: Sequence[Any], text: str, found: ToolCalls) -> None:
+    """Add the calls that were read from a text; what is none of them makes the text invalid."""
     calls = [_call(value) for value in values]
     good = [call for call in calls if call is not None]
     found.calls += good
@@ -134,14 +135,13 @@ def _read(text: str, found: ToolCalls) -> None:
 def _json_values(text: str) -> Iterator[Any]:
     """Yield JSON values that follow each other, split up where they are lists."""
     position = 0
-    while position < len(text):
+    while True:
+        between = _BETWEEN.match(text, position)
         try:
-            value, position = _DECODER.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, between.end() if between else position)
         except json.JSONDecodeError:
             return
         yield from value if isinstance(value, list) else [value]
-        following = re.compile(r"[\s;,\]]*").match(text, position)
-        position = following.end() if following else len(text)
 
 
 def _call(value: Any) -> ToolCall | None:

@@ -1,0 +1,248 @@
+"""Tool calls and structured output."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from langchain_core.exceptions import OutputParserException
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel
+from typing_extensions import TypedDict
+
+from ape_integrations import ChatAPE
+from ape_integrations.core.errors import ConfigError
+from ape_integrations.langchain.tools import ToolCallFilter, parse_tool_calls, tool_format
+from tests.langchain.helpers import Script, loaded_tokenizer, searching_chat, tiny_chat
+
+NAMES = ("search", "add")
+SEARCH = {"name": "search", "arguments": {"query": "Aldor"}}
+ARGS = {"query": "Aldor"}
+
+
+@tool
+def search(query: str) -> str:
+    """Look something up."""
+    return query
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def saying(answer: str, *, tools: bool = True, **kwargs: Any) -> ChatAPE:
+    """Return a model that gives one answer, whatever it is asked."""
+    script = Script(lambda prompt: answer, loaded_tokenizer(tools))
+    return tiny_chat(
+        tools=tools, max_tokens=200, model_kwargs={"logits_processor": [script]}, **kwargs
+    )
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+JSON = json.dumps(SEARCH)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"<tool_call>\n{JSON}\n</tool_call><|im_end|>",
+        f"<tool_call>{JSON}",
+        f"[TOOL_CALLS][{JSON}]</s>",
+        f"[TOOL_CALLS] {JSON}",
+        '[TOOL_CALLS]search{"query": "Aldor"}</s>',
+        '[TOOL_CALLS]search[CALL_ID]abc[ARGS]{"query": "Aldor"}',
+        '{"name": "search", "parameters": {"query": "Aldor"}}<|eot_id|>',
+        '<|python_tag|>{"type": "function", "name": "search", "parameters": {"query": "Aldor"}}',
+        f"```json\n{JSON}\n```",
+        '{"name": "search", "arguments": "{\\"query\\": \\"Aldor\\"}"}',
+    ],
+)
+def test_a_call_is_read_in_the_form_of_every_family(answer: str) -> None:
+    found = parse_tool_calls(answer, NAMES)
+    assert [(call["name"], call["args"]) for call in found.calls] == [("search", ARGS)]
+    assert found.text == "" and not found.invalid
+
+
+def test_several_calls_and_text_before_them_are_read() -> None:
+    other = json.dumps({"name": "add", "arguments": {"a": 1, "b": 2}})
+    tagged = f"Let me see.\n<tool_call>\n{JSON}\n</tool_call>\n<tool_call>\n{other}\n</tool_call>"
+    for answer in (tagged, f"Let me see. [TOOL_CALLS][{JSON}, {other}]"):
+        found = parse_tool_calls(answer, NAMES)
+        assert [call["name"] for call in found.calls] == ["search", "add"]
+        assert found.text == "Let me see."
+        assert len({call["id"] for call in found.calls}) == 2
+    assert len(parse_tool_calls(f"{JSON}; {other}", NAMES).calls) == 2
+
+
+def test_json_that_names_no_tool_is_an_answer() -> None:
+    for answer in ('{"name": "Aldor", "height": 40}', '{"name": "other", "arguments": {}}', "[1]"):
+        found = parse_tool_calls(answer, NAMES)
+        assert found.text == answer and not found.calls and not found.invalid
+
+
+def test_unreadable_call_is_reported_as_such() -> None:
+    found = parse_tool_calls('<tool_call>\n{"name": "search", "argum', NAMES)
+    assert not found.calls
+    assert found.invalid[0]["args"] == '{"name": "search", "argum'
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_streamed_text_ends_where_a_call_begins(size: int) -> None:
+    answer = f"I look < it [up].\n<tool_call>\n{JSON}\n</tool_call>"
+    passing = ToolCallFilter(tool_format("<tool_call>"))
+    pieces = [answer[i : i + size] for i in range(0, len(answer), size)]
+    assert "".join(passing.push(piece) for piece in pieces) == "I look < it [up].\n"
+
+
+# Calling -----------------------------------------------------------------------------------------
+
+
+def test_bound_tools_are_shown_and_calls_come_back() -> None:
+    chat = searching_chat()
+    assert '"search"' in chat.render(
+        [HumanMessage("?")], tools=chat.bind_tools([search]).kwargs["tools"]
+    )
+    message = chat.bind_tools([search, add]).invoke("Where is Aldor?")
+    assert [(c["name"], c["args"]) for c in message.tool_calls] == [("search", ARGS)]
+    assert message.content == ""
+
+
+def test_streamed_calls_are_those_of_invoke() -> None:
+    chat = searching_chat().bind_tools([search])
+    whole: Any = None
+    for chunk in chat.stream("Where is Aldor?"):
+        assert chunk.content == ""
+        whole = chunk if whole is None else whole + chunk
+    assert isinstance(whole, AIMessageChunk)
+    assert [(c["name"], c["args"]) for c in whole.tool_calls] == [("search", ARGS)]
+    message = asyncio.run(chat.ainvoke("Where is Aldor?"))
+    assert [c["args"] for c in message.tool_calls] == [ARGS]
+
+
+def test_text_answer_is_streamed_although_tools_are_bound() -> None:
+    chunks = list(saying("Forty metres").bind_tools([search]).stream("How tall?"))
+    assert len(chunks) > 5
+    assert "".join(str(chunk.content) for chunk in chunks) == "Forty metres"
+
+
+def test_tool_choice_begins_the_answer_with_the_call() -> None:
+    # The script continues what the forced beginning leaves open.
+    script = saying(' {"a": 1, "b": 2}}\n</tool_call>')
+
+    def continued(prompt: str) -> str:
+        return ' {"a": 1, "b": 2}}\n</tool_call>'
+
+    class Continue(Script):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            head, _, tail = self._tokenizer.decode(input_ids[0]).rpartition('"arguments":')
+            rest = continued(head)[len(tail) :]
+            ids = self._tokenizer(rest, add_special_tokens=False)["input_ids"] or [2]
+            forced = scores.new_full(scores.shape, float("-inf"))
+            forced[:, ids[0]] = 0.0
+            return forced
+
+    chat = script.bind_tools([search, add], tool_choice="add")
+    bound: Any = chat
+    kwargs = {"logits_processor": [Continue(continued, loaded_tokenizer(True))]}
+    message = bound.invoke("One and two?", model_kwargs=kwargs)
+    assert [(c["name"], c["args"]) for c in message.tool_calls] == [("add", {"a": 1, "b": 2})]
+    chunks = list(bound.stream("One and two?", model_kwargs=kwargs))
+    assert [c["args"] for c in sum(chunks[1:], chunks[0]).tool_calls] == [{"a": 1, "b": 2}]
+
+
+def test_tool_choice_must_name_a_tool() -> None:
+    with pytest.raises(ConfigError, match="none of the tools: search"):
+        tiny_chat(tools=True).bind_tools([search], tool_choice="find")
+
+
+def test_tool_choice_none_shows_no_tools() -> None:
+    chat = searching_chat()
+    assert not chat.bind_tools([search], tool_choice="none").invoke("Where is Aldor?").tool_calls
+
+
+def test_template_without_a_place_for_tools_says_so() -> None:
+    with pytest.raises(ConfigError, match="no place for tools"):
+        tiny_chat().bind_tools([search]).invoke("Where is Aldor?")
+
+
+# Structured output -------------------------------------------------------------------------------
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str
+    age: int
+
+
+class PersonDict(TypedDict):
+    """Somebody."""
+
+    name: str
+    age: int
+
+
+ANSWER = 'Here it is: {"name": "Mira", "age": 50}'
+CALL = '<tool_call>{"name": "Person", "arguments": {"name": "Mira", "age": 50}}</tool_call>'
+
+
+@pytest.mark.parametrize("method", [None, "json_schema", "json_mode"])
+def test_json_in_the_answer_becomes_an_object(method: Any) -> None:
+    chat = saying(ANSWER, tools=False).with_structured_output(Person, method=method)
+    assert chat.invoke("Who?") == Person(name="Mira", age=50)
+
+
+def test_schema_is_asked_for_at_the_end_of_the_prompt() -> None:
+    prompts: list[str] = []
+
+    def say(prompt: str) -> str:
+        prompts.append(prompt)
+        return ANSWER
+
+    script = Script(say, loaded_tokenizer())
+    chat = tiny_chat(max_tokens=60, model_kwargs={"logits_processor": [script]})
+    chat.with_structured_output(Person).invoke([HumanMessage("Who?")])
+    question = prompts[0].rpartition("<|im_start|>user\n")[2]
+    assert question.startswith("Who?") and '"age"' in question
+    chat.with_structured_output(Person, method="json_mode").invoke("Who?")
+    assert '"age"' not in prompts[-1]
+
+
+def test_dict_schemas_give_dicts() -> None:
+    chat = saying(ANSWER, tools=False)
+    expected = {"name": "Mira", "age": 50}
+    assert chat.with_structured_output(PersonDict).invoke("Who?") == expected
+    schema = Person.model_json_schema()
+    assert chat.with_structured_output(schema).invoke("Who?") == expected
+
+
+def test_template_with_tools_answers_through_a_call() -> None:
+    chat = saying(CALL)
+    message = chat.bind_tools([Person]).invoke("Who?")
+    assert message.tool_calls[0]["args"] == {"name": "Mira", "age": 50}
+    raw = chat.with_structured_output(Person, include_raw=True).invoke("Who?")
+    assert isinstance(raw["raw"], AIMessage)
+
+
+def test_unreadable_answer_raises_or_is_returned_raw() -> None:
+    chat = saying("I do not know.", tools=False)
+    with pytest.raises(OutputParserException, match="no JSON object"):
+        chat.with_structured_output(Person).invoke("Who?")
+    result = chat.with_structured_output(Person, include_raw=True).invoke("Who?")
+    assert result["parsed"] is None
+    assert isinstance(result["parsing_error"], OutputParserException)
+    assert result["raw"].content == "I do not know."
+    wrong = saying('{"name": "Mira"}', tools=False).with_structured_output(Person)
+    with pytest.raises(OutputParserException, match="shape of Person"):
+        wrong.invoke("Who?")
+
+
+def test_unknown_method_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Unknown method"):
+        tiny_chat().with_structured_output(Person, method="telepathy")  # type: ignore[arg-type]
