@@ -59,6 +59,15 @@ def prepare_directory(directory: str | os.PathLike[str] | None, trust: bool = Fa
     return path
 
 
+def permissions_for(path: Path, trust: bool) -> int:
+    """Return the mode of new folders in a store's directory.
+
+    States tell a lot about the text they were made from: they are for their owner alone, unless
+    the directory is said to be shared; then its own mode says with whom.
+    """
+    return stat.S_IMODE(path.stat().st_mode) & 0o777 if trust else 0o700
+
+
 def is_writable(path: Path) -> bool:
     """Tell whether this process can work in a directory."""
     return os.access(path, os.R_OK | os.W_OK | os.X_OK)

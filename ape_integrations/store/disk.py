@@ -27,7 +27,7 @@ from ape_integrations.store.base import (
     check_destination,
     from_layers,
 )
-from ape_integrations.store.directory import prepare_directory
+from ape_integrations.store.directory import permissions_for, prepare_directory
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryRow, StoredFile
 from ape_integrations.store.keys import KeySpace
@@ -69,7 +69,8 @@ class DiskKVStore(LoadsByGet):
         Entries of different namespaces are never shared, whatever their keys. They share the
         directory's limit.
     trust_directory : bool
-        Accept a directory that other users own or can write to.
+        Accept a directory that other users own or can write to, and give what is stored the
+        directory's own permissions. Otherwise only its owner can read what is stored.
     retry_after : float
         Seconds until storing is tried again after the disk was full or not writable.
 
@@ -94,13 +95,14 @@ class DiskKVStore(LoadsByGet):
         self._size_limit = parse_size(size_limit)
         self._keys = KeySpace(namespace, kv_dtype)
         self.directory: Path = prepare_directory(directory, trust_directory)
-        self._files = EntryFiles(self.directory)
+        permissions = permissions_for(self.directory, trust_directory)
+        self._files = EntryFiles(self.directory, permissions)
         self._pins = Pins(self._files)
         self._usage = PendingUsage()
         self._storing = Outage(f"Storing KV states in {self.directory}", retry_after)
         self._reading = Outage(f"Reading KV states in {self.directory}", retry_after=0.0)
         try:
-            self._index, writable = open_index(self.directory, self._files)
+            self._index, writable = open_index(self.directory, self._files, permissions)
         except StoreError:
             raise
         except _MEDIUM_FAULTS as error:

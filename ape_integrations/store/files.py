@@ -135,10 +135,13 @@ class EntryFiles:
     ----------
     directory : Path
         The store's directory.
+    permissions : int
+        Mode of new folders; files get the same without the right to execute.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, permissions: int = 0o700) -> None:
         self._directory = directory
+        self._permissions = permissions
 
     def path(self, name: str) -> Path:
         """Return where an entry file lies; ValueError for a name that is not ours."""
@@ -152,13 +155,22 @@ class EntryFiles:
             digits = secrets.token_hex(16)
             name = f"entries/{digits[:2]}/{digits[2:]}.kv"
             path = self.path(name)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o600)
+            os.fchmod(descriptor, self._permissions & 0o666)
             # Between the two calls somebody may have taken the file for abandoned and removed it.
             if try_lock(descriptor) and os.fstat(descriptor).st_nlink == 1:
                 return NewFile(name, descriptor, path)
             os.close(descriptor)
+
+    def _make_folder(self, path: Path) -> None:
+        if path.is_dir():
+            return
+        for folder in (path.parent, path):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+                folder.chmod(self._permissions)
 
     def open(self, name: str) -> OpenFile:
         """Open an entry file for reading."""

@@ -28,7 +28,9 @@ _ENVIRONMENT = (
 logger = logging.getLogger(__name__)
 
 
-def open_index(directory: Path, files: EntryFiles) -> tuple[EntryIndex, bool]:
+def open_index(
+    directory: Path, files: EntryFiles, permissions: int = 0o700
+) -> tuple[EntryIndex, bool]:
     """Open a store's index, rebuild it where it is damaged, and clean up after killed writers.
 
     Parameters
@@ -37,6 +39,8 @@ def open_index(directory: Path, files: EntryFiles) -> tuple[EntryIndex, bool]:
         The store's directory.
     files : EntryFiles
         Its files.
+    permissions : int
+        Mode for the index, without the right to execute.
 
     Returns
     -------
@@ -57,6 +61,9 @@ def open_index(directory: Path, files: EntryFiles) -> tuple[EntryIndex, bool]:
     index = _open_sound(directory, files)
     if index is None:
         index = _rebuild(directory, files)
+    # SQLite goes by the umask, and gives its other files the mode of this one.
+    with contextlib.suppress(OSError):
+        (directory / INDEX_FILE).chmod(permissions & 0o666)
     abandoned = list(find_orphans(index, files, remove=True))
     if abandoned:
         logger.info("Removed %d files of killed writers from %s.", len(abandoned), directory)

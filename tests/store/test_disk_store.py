@@ -312,6 +312,33 @@ def test_another_users_directory_is_refused_unless_trusted(directory):
         os.chown(item, 0, -1)
 
 
+def test_what_is_stored_is_private_whatever_the_umask(directory):
+    old = os.umask(0)
+    try:
+        directory.mkdir(mode=0o755)
+        store = DiskKVStore(directory)
+        store.put("k", make_states(1))
+        with store.encoding_lock("k"):
+            private = list(directory.rglob("*"))
+            assert len(private) >= 5
+            assert [p for p in private if stat.S_IMODE(p.stat().st_mode) & 0o022] == []
+            assert stat.S_IMODE((directory / "entries").stat().st_mode) == 0o700
+        assert same(DiskKVStore(directory).get("k", SPEC), make_states(1))
+    finally:
+        os.umask(old)
+
+
+def test_trusted_directory_is_shared_as_its_mode_says(directory):
+    directory.mkdir()
+    directory.chmod(0o775)
+    store = DiskKVStore(directory, trust_directory=True)
+    store.put("k", make_states(1))
+    (file,) = entry_files(directory)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o664
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o775
+    assert stat.S_IMODE((directory / "cache.db").stat().st_mode) == 0o664
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o702])
 def test_directory_that_others_can_write_to_is_refused_unless_trusted(directory, mode):
     directory.mkdir()
