@@ -13,12 +13,17 @@ import typer
 
 from ape_integrations.core.errors import APEError
 
-MODULES = ("ape_integrations.cli.show", "ape_integrations.cli.maintain")
+MODULES = (
+    "ape_integrations.cli.show",
+    "ape_integrations.cli.maintain",
+    "ape_integrations.cli.warm",
+    "ape_integrations.cli.measure",
+)
 """Each has a function ``register(app)``."""
 
 app = typer.Typer(
     name="ape-integrations",
-    help="Look after the stored key/value states of retrieved texts.",
+    help="Key/value states of retrieved texts: warm, look after, and measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
