@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from ape_integrations.core.errors import ConfigError
 from ape_integrations.evaluation.demo import (
     DEFAULT_GRID,
+    Case,
     Generate,
     evaluate,
     sequential_generator,
@@ -69,6 +70,10 @@ def compare(
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     total = len(modes) * samples * sum(len(counts) for _, counts in grid)
     with tqdm(total=total, desc="Evaluating", unit="case", disable=None) as progress:
+
+        def advance(case: Case, text: str) -> None:
+            progress.update()
+
         for mode in modes:
             generate = _generator(mode, model, tokenizer)
             scores = evaluate(
@@ -77,7 +82,7 @@ def compare(
                 grid=grid,
                 samples=samples,
                 seed=seed,
-                on_case=lambda *_: progress.update() and None,
+                on_case=advance,
             )
             for score in scores:
                 cell = rows.setdefault(
