@@ -107,12 +107,10 @@ def check_supported(model: Any) -> None:
             f"{name} does not use transformers' attention interface, so APE attention cannot be "
             f"plugged in. {_INSTEAD}"
         )
-    cached = (m for m in base.modules() if getattr(m, "layer_idx", None) is not None)
-    causal = getattr(text, "is_causal", True) is not False
-    if not causal or any(getattr(module, "is_causal", True) is False for module in cached):
+    if not _is_causal(base, text):
         raise UnsupportedModelError(
-            f"{name} attends in both directions (is_decoder is off), so no token's states could "
-            f"be kept for later ones. {_INSTEAD}"
+            f"{name} attends in both directions, so no token's states could be kept for later "
+            f"ones. {_INSTEAD}"
         )
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModelError(f"{name} takes no position ids. {_INSTEAD}")
@@ -161,6 +159,19 @@ def _uses_attention_interface(base: Any) -> bool:
     if getattr(base, "_supports_attention_backend", False):
         return True
     return hasattr(sys.modules[type(base).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _is_causal(base: Any, text: PretrainedConfig) -> bool:
+    """Whether every layer of the text model looks back alone; a vision tower need not."""
+    layers = (
+        module
+        for module in base.modules()
+        if getattr(module, "layer_idx", None) is not None
+        and getattr(module, "config", text) is text
+    )
+    if any(getattr(layer, "is_causal", True) is False for layer in layers):
+        return False
+    return getattr(text, "is_causal", True) is not False
 
 
 def _adds_virtual_tokens(model: Any) -> bool:
