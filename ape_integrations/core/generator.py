@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -144,15 +145,7 @@ class APEGenerator:
             The model is no causal language model, or APE cannot serve it.
         """
         name = str(name_or_path)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            raise UnsupportedModelError(
-                f"{name} is no causal language model (an encoder-decoder or encoder-only model?). "
-                "Use a decoder-only model such as Llama, Qwen or Mistral."
-            ) from error
+        model = _load_model(name, model_kwargs)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
         return cls(model, tokenizer, store=store, config=config)
@@ -566,4 +559,18 @@ def _result(row: Row, prompt: PreparedPrompt, figures: Figures) -> GenerationRes
             "first_token": figures.first_token,
             "total": time.perf_counter() - figures.start,
         },
+    )
+
+
+def _load_model(name: str, kwargs: dict[str, Any]) -> Any:
+    """Load a causal language model, or a vision-language model for its language model."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return kind.from_pretrained(name, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    raise UnsupportedModelError(
+        f"{name} is no causal language model (an encoder-decoder or encoder-only model?). "
+        "Use a decoder-only model such as Llama, Qwen or Mistral."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ape_integrations.core.config import APEConfig
 from ape_integrations.core.errors import UnsupportedModelError
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.store import MemoryKVStore
+from tests.families.registry import REFUSED as FAMILIES
 from tests.families.test_families import (
     CONTEXTS,
     PREFIX,
@@ -103,3 +105,14 @@ def test_vision_language_model_is_refused_with_reason(name: str, record_property
         APEGenerator(model, byte_tokenizer(), MemoryKVStore(), APEConfig())
     record_property("reason", str(refusal.value).split(". ")[0])
     assert state(model) == before
+
+
+def test_checkpoint_is_loaded_by_name_and_t5_is_refused(tmp_path: Path) -> None:
+    """Neither is registered with transformers as a causal language model."""
+    build("Qwen2-VL").save_pretrained(tmp_path / "vision")
+    byte_tokenizer().save_pretrained(tmp_path / "vision")
+    generator = APEGenerator.from_pretrained(tmp_path / "vision", store=MemoryKVStore())
+    assert generator.generate("", ["a text"], "a question", max_new_tokens=2).token_ids
+    FAMILIES["T5"].build().save_pretrained(tmp_path / "t5")
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        APEGenerator.from_pretrained(tmp_path / "t5", store=MemoryKVStore())
