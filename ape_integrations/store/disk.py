@@ -273,14 +273,14 @@ class DiskKVStore(LoadsByGet):
             Number of entries removed.
         """
         removed = 0
+        limit = parse_size(to_size, "to_size") if to_size is not None else None
         if older_than is not None or tag is not None:
             latest = time.time() - older_than if older_than is not None else math.inf
             for row in self.rows(all_namespaces=True):
                 if row.used <= latest and fnmatchcase(row.tag, tag if tag is not None else "*"):
                     removed += self._remove(row.key, row.file)
-        if to_size is not None:
+        if limit is not None:
             self._write_usage()
-            limit = parse_size(to_size, "to_size")
             with contextlib.suppress(*_MEDIUM_FAULTS):
                 removed += self._index.evict_to(limit, self._pins.__contains__)
         return removed
@@ -311,10 +311,14 @@ class DiskKVStore(LoadsByGet):
             self._reading.end()
             return nbytes
         except (EntryError, FileNotFoundError) as error:
-            # The file may have been replaced between the two looks; then the new one stays.
             if self._remove(row.key, row.file):
                 self._usage.count("corrupted")
                 logger.warning("Dropped entry %s: %s.", row.key, _describe(error))
+            else:
+                # It was replaced or evicted between the two looks.
+                current = self._find(row.key)
+                if current is not None and current.file != row.file:
+                    return self._read(current, spec, destination)
         except OSError as error:
             self._reading.begin(_describe(error))
         return None

@@ -36,13 +36,8 @@ class Outage:
         """Switch off after a failure; only the first failure of an outage is a warning."""
         with self._lock:
             first, self._failed_at = self._failed_at is None, time.monotonic()
-        logger.log(
-            logging.WARNING if first else logging.DEBUG,
-            "%s is off for now: %s. Answers are not affected; it is tried again after %g seconds.",
-            self._what,
-            reason,
-            self._retry_after,
-        )
+        level = logging.WARNING if first else logging.DEBUG
+        logger.log(level, "%s is off for now: %s. Answers are not affected.", self._what, reason)
 
     def note(self, message: str) -> None:
         """Log something that needs no switching off."""

@@ -204,6 +204,22 @@ def test_figures_outlive_the_process(directory):
     assert stats.oldest is not None and stats.oldest <= stats.newest
 
 
+def test_entry_replaced_while_it_is_looked_up_is_a_hit(directory, monkeypatch):
+    store, other = DiskKVStore(directory), DiskKVStore(directory)
+    store.put("k", make_states(1))
+    find = store._index.find
+
+    def find_then_replace(key):
+        row = find(key)
+        monkeypatch.setattr(store._index, "find", find)
+        other.put("k", make_states(2))
+        return row
+
+    monkeypatch.setattr(store._index, "find", find_then_replace)
+    assert same(store.get("k", SPEC), make_states(2))
+    assert store.stats().corrupted == 0
+
+
 def test_prune_by_age_tag_and_size(directory):
     store = DiskKVStore(directory)
     for number in range(6):
