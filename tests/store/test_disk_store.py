@@ -42,7 +42,9 @@ def test_a_new_process_finds_what_the_old_one_stored(directory):
     for number in range(3):
         store.put(KEYS[number], make_states(number))
     results = SPAWN.Queue()
-    process = SPAWN.Process(target=read_all, args=(str(directory), [0, 1, 2, 3], results))
+    process = SPAWN.Process(
+        daemon=True, target=read_all, args=(str(directory), [0, 1, 2, 3], results)
+    )
     process.start()
     assert results.get(timeout=60) == [True, True, True, False]
     process.join()
@@ -131,7 +133,9 @@ def test_pins_hold_in_other_processes_and_die_with_their_holder(directory):
     store = DiskKVStore(directory, limit)
     store.put("pinned", make_states(1))
     ready, done = SPAWN.Event(), SPAWN.Event()
-    process = SPAWN.Process(target=hold_pin, args=(str(directory), limit, "pinned", ready, done))
+    process = SPAWN.Process(
+        daemon=True, target=hold_pin, args=(str(directory), limit, "pinned", ready, done)
+    )
     process.start()
     assert ready.wait(60)
     for number in range(5):

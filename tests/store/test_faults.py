@@ -171,7 +171,7 @@ def nobodys() -> Iterator[Path]:
 def as_nobody(scenario: Callable[[Path], object], directory: Path) -> None:
     """Run a test's body in a process of a user without rights."""
     errors = SPAWN.Queue()
-    process = SPAWN.Process(target=run_as, args=(NOBODY, scenario, directory, errors))
+    process = SPAWN.Process(daemon=True, target=run_as, args=(NOBODY, scenario, directory, errors))
     process.start()
     error = errors.get(timeout=60)
     process.join()

@@ -32,7 +32,11 @@ def _kill_writers(directory: Path, times: int) -> None:
     DiskKVStore(directory, limit).close()
     for attempt in range(times):
         writers = [
-            SPAWN.Process(target=put_forever, args=(str(directory), limit, attempt * 7 + i, TOKENS))
+            SPAWN.Process(
+                daemon=True,
+                target=put_forever,
+                args=(str(directory), limit, attempt * 7 + i, TOKENS),
+            )
             for i in range(2)
         ]
         for writer in writers:
@@ -78,7 +82,7 @@ def _storm(directory: Path, seconds: float, processes: int, kills: bool) -> None
 
     def start():
         arguments = (str(directory), limit, end - time.monotonic(), next(seeds), keys, wrong)
-        process = SPAWN.Process(target=mixed_load, args=arguments)
+        process = SPAWN.Process(daemon=True, target=mixed_load, args=arguments)
         process.start()
         return process
 

@@ -34,7 +34,7 @@ def test_ten_threads_that_miss_one_context_encode_it_once(tmp_path):
 def test_processes_that_miss_one_context_encode_it_once(tmp_path):
     start, encoded = SPAWN.Event(), SPAWN.Value("i", 0)
     arguments = (str(tmp_path / "kv"), "k", start, encoded)
-    processes = [SPAWN.Process(target=encode_once, args=arguments) for _ in range(3)]
+    processes = [SPAWN.Process(daemon=True, target=encode_once, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     start.set()
@@ -47,7 +47,9 @@ def test_processes_that_miss_one_context_encode_it_once(tmp_path):
 def test_dead_holder_blocks_nobody(tmp_path):
     store = DiskKVStore(tmp_path / "kv")
     ready = SPAWN.Event()
-    process = SPAWN.Process(target=hold_encoding_lock, args=(str(tmp_path / "kv"), "k", ready))
+    process = SPAWN.Process(
+        daemon=True, target=hold_encoding_lock, args=(str(tmp_path / "kv"), "k", ready)
+    )
     process.start()
     assert ready.wait(60)
     with store.encoding_lock(["k", "other"]) as held:

@@ -175,7 +175,7 @@ store.get("3", make_states(3, tokens=200).spec)
 
 
 def test_pending_entries_are_written_when_a_worker_process_ends(tmp_path):
-    process = SPAWN.Process(target=put_and_return, args=(str(tmp_path / "kv"), 20))
+    process = SPAWN.Process(daemon=True, target=put_and_return, args=(str(tmp_path / "kv"), 20))
     process.start()
     process.join(60)
     disk = DiskKVStore(tmp_path / "kv")
