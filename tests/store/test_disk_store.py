@@ -128,6 +128,16 @@ def test_pinned_entries_are_not_evicted(directory):
     assert not store.contains("0")
 
 
+def test_pins_hold_within_the_process_without_locked_files(directory, monkeypatch):
+    monkeypatch.setattr("ape_integrations.store.pins.MAX_LOCKED_FILES", 0)
+    store = DiskKVStore(directory, 2 * ENTRY)
+    store.put("0", make_states(0))
+    with store.pin(["0"]):
+        for number in range(1, 6):
+            assert store.put(KEYS[number], make_states(number))
+        assert store.contains("0")
+
+
 def test_pins_hold_in_other_processes_and_die_with_their_holder(directory):
     limit = 2 * ENTRY
     store = DiskKVStore(directory, limit)

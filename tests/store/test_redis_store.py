@@ -120,10 +120,13 @@ def test_limit_holds_and_least_recently_used_goes_first(server):
 
 
 def test_entries_expire_and_are_accounted_for(server):
-    store = RedisKVStore(server.url, ttl=0.1)
+    store, client = RedisKVStore(server.url, ttl=60), server.client()
     store.put("k", make_states(1))
     assert store.contains("k")
-    time.sleep(0.15)
+    for key in (*client.keys("ape:chunk:*"), *client.keys("ape:entry:*")):
+        assert 0 < client.pttl(key) <= 60_000
+        client.pexpire(key, 1)
+    time.sleep(0.05)
     assert not store.contains("k") and store.get("k", SPEC) is None
     assert store.stats().entries == store.stats().bytes == 0
     assert not server.client().keys("ape:chunk:*")
