@@ -13,7 +13,10 @@ from ape_integrations.core.errors import MissingDependencyError
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print one table per workload: medians, and how many times faster than sequential."""
+    """Print one table per workload.
+
+    Medians, how many times faster than sequential they are, and the highest memory in GB.
+    """
     console = console or Console()
     for result in results:
         work = result["workload"]
@@ -24,8 +27,8 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             )
         )
         table.add_column("mode", no_wrap=True)
-        for name in ("first token", "ratio", "per token", "ratio", "end to end", "ratio", "peak"):
-            table.add_column(name, justify="right")
+        for name in ("1st token", "ratio", "per token", "ratio", "total", "ratio", "GB"):
+            table.add_column(name, justify="right", no_wrap=True)
         for mode, row in result["modes"].items():
             ratio = result["ratios"].get(mode, {})
             table.add_row(
@@ -36,7 +39,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
                 _times(ratio.get("decode")),
                 _seconds(row["total"]),
                 _times(ratio.get("total")),
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
             )
         console.print(table)
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ MODES = {
     "ape disk": "states from disk, page cache warm, contexts assembled anew",
     "ape disk, uncached": "states from disk, page cache dropped for the store's files",
     "ape ram": "states from the memory tier, contexts assembled anew",
-    "ape same set": "the same documents again: contexts stand assembled",
+    "ape same set": "another question about the same documents: contexts stand assembled",
+    "ape chat, turn 2": "the next turn over the same documents, behind the first turn's states",
+    "ape batch of 8": "eight questions over one set together; time per question",
     "floor": "one query forward over an assembled cache, plus one copy of the KV bytes",
 }
 
@@ -196,10 +198,12 @@ class _Session:
             "sequential": self._sequential,
             "prefix cache": self._prefix,
             "ape cold": self._cold,
-            "ape disk": lambda: self._warm(self._on_disk, assembled=False),
+            "ape disk": lambda: self._warm(self._on_disk),
             "ape disk, uncached": self._uncached,
-            "ape ram": lambda: self._warm(self._in_ram, assembled=False),
-            "ape same set": lambda: self._warm(self._in_ram, assembled=True),
+            "ape ram": lambda: self._warm(self._in_ram),
+            "ape same set": self._same_set,
+            "ape chat, turn 2": self._chat,
+            "ape batch of 8": self._batch,
         }
 
     def prepare(self) -> None:
@@ -274,17 +278,39 @@ class _Session:
         prompt = self._workload.prompt(self._vocabulary, seed=100 + self._cold_runs)
         return self._generate(self._on_disk, prompt)
 
-    def _warm(self, generator: APEGenerator, *, assembled: bool) -> Any:
-        if assembled:
-            generator.generate_ids(self._prompt, max_new_tokens=1, do_sample=False)
-        else:
-            # Another set takes the buffers over, as in a pipeline whose documents change.
-            generator.clear_assembled(keep_memory=True)
+    def _warm(self, generator: APEGenerator) -> Any:
+        # Another set takes the buffers over, as in a pipeline whose documents change.
+        generator.clear_assembled(keep_memory=True)
         return self._generate(generator, self._prompt)
+
+    def _asking(self, seed: int) -> PreparedPrompt:
+        """Return a prompt with the same contexts and another query."""
+        return replace(self._prompt, query=self._workload.prompt(self._vocabulary, seed).query)
+
+    def _same_set(self) -> Any:
+        self._in_ram.generate_ids(self._asking(2), max_new_tokens=1, do_sample=False)
+        return self._generate(self._in_ram, self._prompt)
+
+    def _chat(self) -> Any:
+        first = self._warm(self._on_disk)
+        turn = self._asking(3).query
+        history = [*self._prompt.query, *first.token_ids, *turn]
+        return self._generate(self._on_disk, replace(self._prompt, query=history))
+
+    def _batch(self) -> Any:
+        """Return the figures of one question: an eighth of the whole batch."""
+        prompts = [self._asking(10 + number) for number in range(8)]
+        count = self._workload.new_tokens
+        start = time.perf_counter()
+        results = self._in_ram.generate_batch_ids(
+            prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
+        total = time.perf_counter() - start
+        return _Plain(results[0].timings["first_token"] / 8, total / 8, count)
 
     def _uncached(self) -> Any:
         _drop_page_cache(self._folder)
-        return self._warm(self._on_disk, assembled=False)
+        return self._warm(self._on_disk)
 
     def _floor(self) -> float:
         """Seconds of one query forward over an assembled cache and one copy of its bytes."""

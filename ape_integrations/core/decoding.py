@@ -107,7 +107,7 @@ def decode(
         Prompt and new ids, ``(1, length + new)``.
     """
     cache: APECache = model_kwargs.pop("past_key_values")
-    for owned in ("attention_mask", "position_ids", "use_cache", "logits_to_keep"):
+    for owned in ("attention_mask", "position_ids", "use_cache"):
         model_kwargs.pop(owned, None)
     prompt_length = input_ids.shape[1]
     pending = input_ids[:, cache.get_seq_length() :]
@@ -149,7 +149,7 @@ def _read(
     start = cache.get_seq_length()
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     kept = len(draft) + 1
-    if getattr(model, "_supports_logits_to_keep", lambda: False)():
+    if "logits_to_keep" in model_kwargs:
         model_kwargs = {**model_kwargs, "logits_to_keep": kept}
     logits: Tensor = model(
         input_ids=ids,

@@ -372,12 +372,20 @@ class APEGenerator:
             raise ConfigError("queries must be a sequence of at least one string.")
         if not contexts:
             raise ConfigError("A batch shares its contexts, so there must be at least one.")
+        prompts = [self.prepare(prefix, contexts, query) for query in queries]
+        return self.generate_batch_ids(prompts, **generation_kwargs)
+
+    def generate_batch_ids(
+        self, prompts: Sequence[PreparedPrompt], **generation_kwargs: Any
+    ) -> list[GenerationResult]:
+        """Answer prompts that differ in their queries alone; see :meth:`generate_batch`."""
         settings = self._settings(generation_kwargs)
         if not settings.single:
             raise ConfigError("Beam search cannot be combined with a batch of queries.")
-        figures = Figures()
-        prompts = [self.prepare(prefix, contexts, query) for query in queries]
-        return self._run(prompts, settings, figures)
+        shared = {(tuple(p.prefix), tuple(map(tuple, p.contexts))) for p in prompts}
+        if len(shared) != 1:
+            raise ConfigError("The prompts of a batch must share prefix and contexts.")
+        return self._run(prompts, settings, Figures())
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationSettings:
         defaults: Any = self.model.generation_config
