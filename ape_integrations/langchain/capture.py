@@ -26,6 +26,9 @@ class RetrievalCapture(BaseCallbackHandler):
     sees it costs a dictionary entry.
     """
 
+    #: It takes no time, and must not wait for a thread behind long answers.
+    run_inline = True
+
     def __init__(self) -> None:
         self._queries: OrderedDict[UUID, str] = OrderedDict()
         self._lock = threading.Lock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,10 @@ from ape_integrations.core.generation import GenerationStream
 T = TypeVar("T")
 
 _END = object()
+
+# Threads of our own: the loop's default executor is small, and long answers would keep everybody
+# else who needs it waiting, retrievers among them.
+_workers = ThreadPoolExecutor(max_workers=32, thread_name_prefix="ape-generate")
 
 
 class _Cancellation(StoppingCriteria):
@@ -47,8 +53,9 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
         the current token.
     """
     cancellation = _Cancellation()
+    loop, context = asyncio.get_running_loop(), copy_context()
     try:
-        return await asyncio.to_thread(generate, cancellation)
+        return await loop.run_in_executor(_workers, context.run, generate, cancellation)
     except asyncio.CancelledError:
         cancellation.requested.set()
         raise
@@ -74,7 +81,6 @@ async def iterate(stream: GenerationStream) -> AsyncGenerator[str, None]:
         else:
             send(_END)
 
-    # A thread of its own: the loop's default executor is small, and others need it.
     threading.Thread(target=pump, name="ape-stream", daemon=True).start()
     finished = False
     try:

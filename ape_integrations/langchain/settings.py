@@ -55,9 +55,12 @@ class APESettings(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
-    model: str | None = None
+    model: Any = None
     """Hub name or directory; a loaded model (with ``tokenizer``) and an APEGenerator are taken,
-    too. None is the bundled demo model. Nothing is loaded before the first call."""
+    too, and replaced by their names. None is the bundled demo model. Nothing is loaded before the
+    first call."""
+    tokenizer: Any = Field(default=None, exclude=True, repr=False)
+    """The tokenizer of a loaded model."""
     loaded: LoadedModel | None = Field(default=None, exclude=True, repr=False)
     """The loaded model behind ``model``, where there is one."""
     temperature: float | None = Field(default=None, ge=0)

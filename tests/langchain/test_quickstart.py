@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_quickstart_reuses_everything_the_second_time(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/quickstart_langchain.py", "--questions", "2"]
-    run = subprocess.run(
-        [*command, "--cache-dir", str(tmp_path / "store"), "--max-new-tokens", "8"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_quickstart_reuses_everything_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = EXAMPLES / "quickstart_langchain.py"
+    arguments = ["--questions", "2", "--max-new-tokens", "8", "--cache-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("COLUMNS", "100")
+    runpy.run_path(str(script), run_name="__main__")
+    output = capsys.readouterr().out
     for pipeline in ("LCEL chain", "Retrieval chain with history", "Agent with a retriever tool"):
-        assert pipeline in run.stdout
+        assert pipeline in output
     # Hits of contexts: the last such pair of a line is that of the second time.
-    rows = [re.findall(r"(\d+)/(\d+)", line) for line in run.stdout.splitlines()]
+    rows = [re.findall(r"(\d+)/(\d+)", line) for line in output.splitlines()]
     second = [pairs[1] for pairs in rows if len(pairs) == 2]
     assert len(second) == 6
     assert all(hits == contexts != "0" for hits, contexts in second)
-    assert "6 of 6 answers are word for word" in re.sub(r"\s+", " ", run.stdout)
+    assert "6 of 6 answers are word for word" in re.sub(r"\s+", " ", output)
