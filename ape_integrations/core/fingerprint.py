@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,53 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     digest.update(_config_json(model.config).encode())
     digest.update(json.dumps(_adapters(model), sort_keys=True).encode())
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in _weights(model):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(_sample(tensor))
+        for part in _plain_tensors(tensor):
+            digest.update(_sample(part))
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight and buffer that the config does not determine, sorted by name."""
+    weights: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            # Rotary frequencies follow from the config, and some change with what was read last.
+            if not name.endswith("inv_freq"):
+                tensor = tensor if tensor.device.type != "meta" else _offloaded(module, name)
+                weights[f"{prefix}.{name}"] = tensor
+    yield from sorted(weights.items())
+
+
+def _offloaded(module: Any, name: str) -> Tensor:
+    """Return a weight that lies on disk or in CPU memory between calls (accelerate's hooks).
+
+    One that cannot be found gets a random stand-in: better no entry shared than a wrong one.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", None) or [hook]:
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            try:
+                return torch.as_tensor(weights[name])
+            except KeyError:
+                continue
+    return torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
+
+
+def _plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that a quantised weight consists of; an ordinary one is its own."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _plain_tensors(getattr(tensor, name))]
+    # bitsandbytes hangs the scales of 4-bit and 8-bit weights on the parameter.
+    scales = (
+        getattr(getattr(tensor, "quant_state", None), "absmax", None),
+        vars(tensor).get("SCB"),
+    )
+    return [tensor, *(part for part in scales if isinstance(part, Tensor))]
 
 
 def _config_json(config: Any) -> str:
@@ -98,7 +141,7 @@ def _adapters(model: Any) -> list[object]:
 
 def _sample(tensor: Tensor) -> bytes:
     """Return evenly spaced elements as bytes."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    if tensor.numel() == 0:
         return b""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     step = max(1, flat.numel() // _SAMPLES)

@@ -273,8 +273,12 @@ def embeddings(model: PreTrainedModel) -> Tensor:
 
 def _input_device(model: PreTrainedModel) -> torch.device:
     device = embeddings(model).device
-    # Offloaded weights stand on no device between calls.
-    return torch.device(model.device) if device.type == "meta" else device
+    if device.type != "meta":
+        return device
+    # Offloaded weights stand on no device between calls; a hook brings them to the one that it
+    # computes on.
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
 def max_positions(text: PretrainedConfig) -> int | None:

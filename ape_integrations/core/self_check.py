@@ -45,7 +45,11 @@ def self_check(model: PreTrainedModel, info: ModelInfo, encoder: ContextEncoder)
         ) from error
     distance = (logits.double() - expected.double()).norm()
     relative = float(distance / expected.double().norm().clamp_min(1e-9))
-    if not relative <= _TOLERANCE[info.dtype.itemsize]:
+    tolerance = _TOLERANCE[info.dtype.itemsize]
+    if getattr(model, "is_quantized", False):
+        # Activations that are rounded to eight bits fall on the other side of an edge now and then.
+        tolerance = max(tolerance, _TOLERANCE[2])
+    if not relative <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives other logits behind cached contexts than it gives "
             f"sequentially (relative error {relative:.2g}), so answers would be wrong. "

@@ -132,7 +132,7 @@ def test_one_context_equals_sequential_in_bf16(title: str, record_property: Reco
     with torch.no_grad():
         expected = exact(input_ids=sequence, use_cache=False).logits[0, -len(QUERY) :]
         own = model(input_ids=sequence, use_cache=False).logits[0, -len(QUERY) :]
-    logits = attached(model, self_check=False).query_logits(PREFIX, CONTEXTS[2:], QUERY)
+    logits = attached(model).query_logits(PREFIX, CONTEXTS[2:], QUERY)
     assert logits.dtype == torch.bfloat16
     rounding = float((own.double() - expected).norm() / expected.norm())
     error = float((logits.double() - expected).norm() / expected.norm())

@@ -70,7 +70,7 @@ def test_text_only_equals_sequential_in_bf16(title: str) -> None:
     with torch.no_grad():
         expected = exact(input_ids=sequence, use_cache=False).logits[0, -len(QUERY) :]
         own = model(input_ids=sequence, use_cache=False).logits[0, -len(QUERY) :]
-    logits = attached(model, self_check=False).query_logits(PREFIX, CONTEXTS[2:], QUERY)
+    logits = attached(model).query_logits(PREFIX, CONTEXTS[2:], QUERY)
     rounding = float((own.double() - expected).norm() / expected.norm())
     assert float((logits.double() - expected).norm() / expected.norm()) <= 1.5 * rounding + 0.01
 
