@@ -53,7 +53,8 @@ class ContextEncoder:
         Yields
         ------
         tuple of int and KVStates
-            Index into ``contexts`` and its states, on the CPU, owned by the receiver.
+            Index into ``contexts`` and its states, on the CPU. They may be views into the batch:
+            who keeps them copies them.
         """
         for batch in self._batches(contexts):
             yield from self._encode_batch(prefix, contexts, batch)
@@ -115,9 +116,6 @@ class ContextEncoder:
         for row, index in enumerate(batch):
             length = len(contexts[index])
             layers = [cache.tail(i, row, length) for i in range(len(cache.layers))]
-            if len(batch) > 1:
-                # A view would keep the whole batch in memory for as long as one of it lives.
-                layers = [(key.clone(), value.clone()) for key, value in layers]
             yield (
                 index,
                 KVStates(

@@ -24,6 +24,9 @@ KEPT_PREFIXES = 4
 #: Threads that read entries side by side.
 _READERS = 2
 
+#: Seconds to wait for a context that another process is encoding, before encoding it as well.
+_PATIENCE = 30.0
+
 #: Seconds of encoding after which a progress bar is worth its line.
 _PROGRESS_DELAY = 3.0
 
@@ -199,12 +202,15 @@ class StateSource:
             States by index, where ``place`` is None.
         """
         kept: dict[int, KVStates] = {}
+        if not missing:
+            return kept
         place = place or kept.__setitem__
         began = time.perf_counter()
+        prefix = self.prefix(prefix_ids, figures)
         while missing:
             own, others = self._claim(missing)
             if own:
-                self._encode_own(prefix_ids, own, figures, place, show_progress)
+                self._encode_own(prefix, own, figures, place, show_progress)
             retry = []
             for item, future in others:
                 try:
@@ -232,48 +238,75 @@ class StateSource:
 
     def _encode_own(
         self,
-        prefix_ids: Sequence[int],
-        own: list[_Missing],
+        prefix: Layers,
+        own: Sequence[_Missing],
         figures: Figures,
         place: Callable[[int, KVStates], None],
         show_progress: bool | None,
     ) -> None:
+        """Encode what this thread claimed, except what another process stores meanwhile."""
         try:
-            own_now = []
-            for item in own:
-                # Stored by somebody else between our look-up and our claim?
-                states = None
-                if self._store.contains(item.key):
-                    states = self._store.get(item.key, self._info.spec(len(item.ids)))
-                if states is None:
-                    own_now.append(item)
-                    continue
-                figures.hits += 1
-                figures.bytes_loaded += states.nbytes
-                self._finish(item.key, states)
-                place(item.index, states)
-            if not own_now:
-                return
-            prefix = self.prefix(prefix_ids, figures)
-            figures.misses += len(own_now)
-            tag = self._tag()
-            with tqdm(
-                total=sum(len(item.ids) for item in own_now),
-                desc="Encoding contexts",
-                unit="tok",
-                delay=0 if show_progress else _PROGRESS_DELAY,
-                disable=None if show_progress is None else not show_progress,
-                leave=bool(show_progress),
-            ) as progress:
-                for index, states in self._encoder.encode(prefix, [i.ids for i in own_now]):
-                    item = own_now[index]
-                    self._store.put(item.key, states, tag=tag)
-                    self._finish(item.key, states)
-                    place(item.index, states)
-                    progress.update(len(item.ids))
+            left = {item.key: item for item in own}
+            # Nothing is held while waiting for others, so two processes cannot block each other.
+            for patience in (0.0, _PATIENCE):
+                if not left:
+                    break
+                with self._store.encoding_lock(left, patience) as mine:
+                    turn = [key for key in left if key in mine or patience]
+                    items = [left.pop(key) for key in turn]
+                    items = self._look_again(items, figures, place)
+                    self._encode_held(prefix, items, figures, place, show_progress)
         finally:
             for item in own:
                 self._finish(item.key, None)
+
+    def _look_again(
+        self,
+        items: Sequence[_Missing],
+        figures: Figures,
+        place: Callable[[int, KVStates], None],
+    ) -> list[_Missing]:
+        """Take what was stored between our look-up and our claim; return the rest."""
+        missing = []
+        for item in items:
+            states = None
+            if self._store.contains(item.key):
+                states = self._store.get(item.key, self._info.spec(len(item.ids)))
+            if states is None:
+                missing.append(item)
+                continue
+            figures.hits += 1
+            figures.bytes_loaded += states.nbytes
+            self._finish(item.key, states)
+            place(item.index, states)
+        return missing
+
+    def _encode_held(
+        self,
+        prefix: Layers,
+        items: Sequence[_Missing],
+        figures: Figures,
+        place: Callable[[int, KVStates], None],
+        show_progress: bool | None,
+    ) -> None:
+        if not items:
+            return
+        figures.misses += len(items)
+        tag = self._tag()
+        with tqdm(
+            total=sum(len(item.ids) for item in items),
+            desc="Encoding contexts",
+            unit="tok",
+            delay=0 if show_progress else _PROGRESS_DELAY,
+            disable=None if show_progress is None else not show_progress,
+            leave=bool(show_progress),
+        ) as progress:
+            for index, states in self._encoder.encode(prefix, [item.ids for item in items]):
+                item = items[index]
+                self._store.put(item.key, states, tag=tag)
+                self._finish(item.key, states)
+                place(item.index, states)
+                progress.update(len(item.ids))
 
     def _finish(self, key: str, states: KVStates | None) -> None:
         """Tell those who wait for ``key``; without states, that its encoding failed."""
