@@ -303,6 +303,16 @@ def test_paths_outside_the_store_are_neither_read_nor_removed(directory, tmp_pat
         assert outside.exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["cache.db", "../x.kv", "/etc/passwd", "entries/ab/../../x.kv", "entries/ab/x.kv", ""]
+)
+def test_files_that_are_not_entries_cannot_even_be_named(directory, name):
+    files = EntryFiles(directory)
+    for use in (files.open, files.remove, files.remove_unused, files.pin):
+        with pytest.raises(ValueError, match="not an entry file"):
+            use(name)
+
+
 def test_symbolic_links_are_not_followed(directory, tmp_path):
     store = DiskKVStore(directory)
     store.put("k", make_states(1))
