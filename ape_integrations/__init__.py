@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ape_integrations.core.generation import GenerationResult, GenerationStream
     from ape_integrations.core.generator import APEGenerator
     from ape_integrations.langchain import APEDocumentCompressor, APELanguageModel, ChatAPE
-    from ape_integrations.llama_index import APECacheWarmer, APELLM, APENodePostprocessor
+    from ape_integrations.llama_index import APELLM, APECacheWarmer, APENodePostprocessor
     from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
 
 _HOMES = {
@@ -38,12 +38,12 @@ _HOMES = {
 }
 
 __all__ = [
-    "APEConfig",
-    "APEError",
-    "APEGenerator",
     "APELLM",
     "APECacheWarmer",
+    "APEConfig",
     "APEDocumentCompressor",
+    "APEError",
+    "APEGenerator",
     "APELanguageModel",
     "APENodePostprocessor",
     "ChatAPE",

@@ -202,7 +202,9 @@ class APEGenerator:
         self._note_prefix(prompt.prefix)
         prefix = self._source.prefix(prompt.prefix, figures)
         # Attention does not see the order of contexts, so equal sets are one set.
-        keyed = {self._source.key(prompt.prefix, ids): ids for ids in prompt.contexts}
+        keyed = dict(
+            zip(self._source.keys(prompt.prefix, prompt.contexts), prompt.contexts, strict=True)
+        )
         keys = sorted(keyed)
         contexts = [keyed[key] for key in keys]
         layout = ContextLayout(len(prompt.prefix), tuple(len(ids) for ids in contexts))

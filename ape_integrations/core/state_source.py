@@ -83,9 +83,10 @@ class StateSource:
         self._encoding: dict[str, Future[KVStates]] = {}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="ape-read")
 
-    def key(self, prefix_ids: Sequence[int], ids: Sequence[int]) -> str:
-        """Return the store key of ``ids`` behind ``prefix_ids``."""
-        return entry_key(self._fingerprint.digest(), self._info.dtype, prefix_ids, ids)
+    def keys(self, prefix_ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[str]:
+        """Return the store keys of token ids behind ``prefix_ids``."""
+        fingerprint = self._fingerprint.digest()
+        return [entry_key(fingerprint, self._info.dtype, prefix_ids, ids) for ids in texts]
 
     def prefix(self, ids: Sequence[int], figures: Figures) -> Layers:
         """Return the states of a shared prefix: from memory, the store, or a forward pass.
@@ -97,7 +98,7 @@ class StateSource:
         """
         if not ids:
             return self._encoder.empty_prefix()
-        key = self.key([], ids)
+        [key] = self.keys([], [ids])
         with self._lock:
             if key in self._prefixes:
                 self._prefixes.move_to_end(key)
@@ -172,7 +173,7 @@ class StateSource:
         show_progress: bool | None = None,
     ) -> None:
         """Encode and store whatever the store lacks."""
-        keys = [self.key(prefix_ids, ids) for ids in contexts]
+        keys = self.keys(prefix_ids, contexts)
         missing = [
             _Missing(index, key, ids)
             for index, (key, ids) in enumerate(zip(keys, contexts, strict=True))
@@ -183,8 +184,8 @@ class StateSource:
 
     def promote(self, prefix_ids: Sequence[int], contexts: Sequence[Sequence[int]]) -> None:
         """Bring stored states into the store's fastest tier."""
-        for ids in contexts:
-            self._store.get(self.key(prefix_ids, ids), self._info.spec(len(ids)))
+        for key, ids in zip(self.keys(prefix_ids, contexts), contexts, strict=True):
+            self._store.get(key, self._info.spec(len(ids)))
 
     def _encode(
         self,

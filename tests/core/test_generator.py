@@ -403,9 +403,8 @@ def test_long_context_is_split_with_a_warning(model: LlamaForCausalLM) -> None:
 def test_query_that_does_not_fit_is_refused_and_costs_nothing(generator: APEGenerator) -> None:
     with pytest.raises(ContextWindowError, match="positions"):
         generator.generate(PREFIX, DOCUMENTS, "long " * 200)
-    assert not generator.store.contains(
-        generator._source.key([], generator._preparer.prefix_ids(PREFIX))
-    )
+    [key] = generator._source.keys([], [generator._preparer.prefix_ids(PREFIX)])
+    assert not generator.store.contains(key)
 
 
 @pytest.mark.parametrize(
