@@ -68,11 +68,8 @@ def _python(code: str, **environment: str) -> str:
 
 def test_wheel_holds_the_model_and_answers_without_a_network(tmp_path: Path) -> None:
     """Built, unpacked elsewhere, and used with every connection refused."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path), str(ROOT)],
-        check=True,
-    )
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     [wheel] = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
