@@ -164,8 +164,19 @@ async def test_event_loop_runs_during_a_stream(llm: APELLM) -> None:
     assert responses[-1].raw["usage"]["completion_tokens"] == 5
 
 
-async def test_cancelled_completion_stops_the_model(llm: APELLM) -> None:
-    gate = Gate()
+async def test_cancelled_completion_stops_the_model(
+    llm: APELLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, ended = Gate(), threading.Event()
+    generate = llm.generator.generate
+
+    def generate_and_tell(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(llm.generator, "generate", generate_and_tell)
     task = asyncio.create_task(
         llm.achat([user(prompt(0))], max_new_tokens=LONG, stopping_criteria=[gate])
     )
@@ -176,9 +187,7 @@ async def test_cancelled_completion_stops_the_model(llm: APELLM) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     gate.allowed.release(LONG)
-    # The thread is free again once the model has stopped.
-    await asyncio.get_running_loop().run_in_executor(None, lambda: None)
-    await asyncio.to_thread(lambda: llm.complete(prompt(0)))
+    assert await asyncio.to_thread(ended.wait, 30)
     assert gate.tokens < LONG / 2
 
 

@@ -210,7 +210,7 @@ def test_document_cannot_forge_a_message(llm: APELLM) -> None:
     assert not special & set(prepared.contexts[0])
 
 
-# Metadata, copies, other processes -----------------------------------------------------------------
+# Metadata, copies, other processes ----------------------------------------------------------------
 
 
 def test_metadata_needs_no_model(tmp_path: Any, model: Any, tokenizer: Any) -> None:
