@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ape_integrations.core.guard import GUARD, unguarded
+from ape_integrations.core.guard import GUARD, guarded, unguarded
+
+#: Texts that may stand before another one without changing how it begins.
+_BEFORE = ("\n", ":", "a")
 
 
 class Tokens:
@@ -22,31 +26,52 @@ class Tokens:
         # A copy of its own: the setting is shared state of a fast tokenizer.
         self._literal = copy.deepcopy(tokenizer)
         self._literal.split_special_tokens = True
+        self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._changes_starts = any(
+            _behind(self._plain_ids, word) != self._plain_ids(word) for word in ("word", "1")
+        )
 
     def prompt(self, text: str) -> list[int]:
-        """Tokenise the start of a prompt; special tokens are added unless the text has them."""
-        bos = self.tokenizer.bos_token
-        add = not (bos and text.startswith(bos))
+        """Tokenise the start of a prompt; special tokens are added unless the text has them.
+
+        Only those in front are added: an end-of-sequence token would end the prompt before its
+        contexts.
+        """
         first, *others = text.split(GUARD)
-        ids = self._ids(self.tokenizer, first, add_special_tokens=add)
+        ids = self._plain_ids(first)
+        bos = self.tokenizer.bos_token
+        if not (bos and text.startswith(bos)):
+            with_added = self._ids(self.tokenizer, first, add_special_tokens=True)
+            for added in range(len(with_added) - len(ids) + 1):
+                if with_added[added : added + len(ids)] == ids:
+                    ids = with_added[: added + len(ids)]
+                    break
         return ids + [token for piece in others for token in self.rest(piece)]
 
     def rest(self, text: str) -> list[int]:
         """Tokenise prompt text that follows something; nothing is added."""
-        return [
-            token
-            for piece in text.split(GUARD)
-            for token in self._ids(self.tokenizer, piece, add_special_tokens=False)
-        ]
+        return [token for piece in text.split(GUARD) for token in self._follow(piece)]
 
     def literal(self, text: str) -> list[int]:
-        """Tokenise retrieved text; special tokens in it become ordinary characters."""
-        return self._ids(
-            self._literal,
-            unguarded(text),
-            add_special_tokens=False,
-            split_special_tokens=True,
-        )
+        """Tokenise retrieved text, as what follows something; special tokens become characters."""
+        text = unguarded(text)
+        ids = self._follow(text, literal=True)
+        if not self._special_ids.intersection(ids):
+            return ids
+        # Unigram models find special tokens among their pieces all the same.
+        pieces = guarded(text, self.tokenizer.all_special_tokens).split(GUARD)
+        return [token for piece in pieces for token in self._follow(piece, literal=True)]
+
+    def _follow(self, text: str, *, literal: bool = False) -> list[int]:
+        """Tokenise text that does not stand at the start of a prompt."""
+        ids = self._literal_ids if literal else self._plain_ids
+        return _behind(ids, text) if self._changes_starts else ids(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._ids(self.tokenizer, text, add_special_tokens=False)
+
+    def _literal_ids(self, text: str) -> list[int]:
+        return self._ids(self._literal, text, add_special_tokens=False, split_special_tokens=True)
 
     def default_prefix(self, text: str) -> list[int]:
         """Return the ids of a prefix for prompts that start with a context."""
@@ -66,6 +91,20 @@ class Tokens:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _behind(tokenize: Callable[[str], list[int]], text: str) -> list[int]:
+    """Tokenise a text as it is tokenised behind another one.
+
+    Many tokenizers put a space before whatever they are given, which a text in the middle of a
+    prompt does not have.
+    """
+    for before in _BEFORE:
+        head, whole = tokenize(before), tokenize(before + text)
+        # Otherwise the two texts have a token in common, and another one may have none.
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return tokenize(text)
 
 
 class IncrementalDecoder:
