@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig
 
 from ape_integrations import ChatAPE, DiskKVStore, MemoryKVStore
@@ -45,9 +48,9 @@ def ask_async_stream(pipeline: Pipeline, config: RunnableConfig) -> None:
 WAYS = (ask, ask_async, ask_batch, ask_stream, ask_async_stream)
 
 
-def run(name: str, model: ChatAPE, way: Ask) -> Calls:
+def run(name: str, model: ChatAPE, way: Ask, retriever: BaseRetriever | None = None) -> Calls:
     calls = Calls()
-    way(PIPELINES[name](model, WordRetriever()), {"callbacks": [calls]})
+    way(PIPELINES[name](model, retriever or WordRetriever()), {"callbacks": [calls]})
     return calls
 
 
@@ -65,6 +68,29 @@ def test_second_run_reuses_all_documents_and_answers_the_same(name: str, way: As
     # The queries that a tiny model makes up for MultiQueryRetriever may find more than three.
     assert second.total("contexts") == retrieved or name == "multi_query"
     assert second.total("contexts") >= retrieved
+
+
+class SameDocuments(WordRetriever):
+    """Returns the same documents in the same order, whatever is asked."""
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        return list(self.documents[: self.k])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_other_questions_reuse_the_documents_of_the_first(name: str) -> None:
+    model = chat_for(name)
+    first = run(name, model, ask, SameDocuments())
+    assert first.total("misses") == 3
+    for question in QUESTIONS[1:3]:
+
+        def ask_another(pipeline: Pipeline, config: RunnableConfig, asked: str = question) -> None:
+            pipeline.invoke(asked, config)
+
+        calls = run(name, model, ask_another, SameDocuments())
+        assert (calls.total("hits"), calls.total("misses")) == (3, 0)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
