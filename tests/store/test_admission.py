@@ -137,6 +137,18 @@ def test_a_real_store_resists_a_flood(tmp_path):
     assert all(store.contains(f"c{number:06d}") for number in range(10))
 
 
+def test_new_entries_get_a_chance_against_old_favourites(tmp_path):
+    spec, states = spec_of(), make_states()
+    store = DiskKVStore(tmp_path / "kv", 20 * entry_nbytes("v1//auto/c000000", spec))
+    for number in range(20):
+        store.put(f"c{number:06d}", states)
+        assert store.get(f"c{number:06d}", spec)
+    for number in range(3):
+        store.put(f"n{number:06d}", states)
+    assert all(store.contains(f"n{number:06d}") for number in range(3))
+    assert [n for n in range(20) if not store.contains(f"c{n:06d}")] == [0, 1, 2]
+
+
 def test_entry_that_comes_back_after_eviction_is_protected(tmp_path):
     spec, states = spec_of(), make_states()
     store = DiskKVStore(tmp_path / "kv", 10 * entry_nbytes("v1//auto/c000000", spec))
