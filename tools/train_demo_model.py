@@ -281,47 +281,45 @@ def mixture(
 
 STAGES: tuple[Stage, ...] = (
     Stage("copy", draw_copy, 0.9, 400, 2e-3),
-    Stage("records 0", records(0), 0.9, 2500, 2e-3),
-    Stage("records 1", records(1), 0.9, 800, 2e-3),
-    Stage("records 2", records(2), 0.9, 800, 2e-3),
-    Stage("records 4", records(4), 0.9, 800, 2e-3),
+    Stage("records", records(0), 0.9, 2500, 2e-3),
     Stage("one fact", sentences((3, 6), (1, 1), 4, False), 0.93, 1500, 2e-3),
     Stage("facts", sentences((3, 6), (2, 4), 6, False), 0.93, 2000, 2e-3),
     Stage("dialogue", dialogue((3, 7), (6, 10)), 0.93, 2500, 2e-3),
     Stage(
         "prompts",
         mixture(
-            (0.6, dialogue((1, 12), (6, 12))),
-            (0.3, single_turn((1, 8))),
-            (0.1, draw_few_shot),
+            (0.6, dialogue((1, 12), (8, 16))),
+            (0.32, single_turn((1, 8))),
+            (0.08, draw_few_shot),
         ),
         0.96,
-        2500,
-        1.5e-3,
+        2000,
+        1.2e-3,
     ),
     Stage(
         "long",
         mixture(
-            (0.35, dialogue((1, 12), (6, 12))),
-            (0.3, dialogue((12, 32), (10, 20))),
+            (0.43, dialogue((1, 12), (8, 16))),
+            (0.17, dialogue((12, 24), (10, 20))),
+            (0.05, dialogue((24, 32), (12, 20))),
             (0.27, single_turn((1, 16))),
             (0.08, draw_few_shot),
         ),
         1.01,
-        1500,
-        1e-3,
+        4000,
+        1.2e-3,
     ),
 )
 
 
 def draw_batch(stages: Sequence[Stage], builder: Builder, tokens: int) -> list[Sample]:
-    """Draw samples worth `tokens` tokens, three in four from the last stage."""
+    """Draw samples worth `tokens` tokens, six in seven from the last stage."""
     batch: list[Sample] = []
     total = 0
     while total < tokens:
         stage = stages[-1]
-        if len(stages) > 1 and builder.rng.random() < 0.25:
-            stage = builder.rng.choice(stages[:-1][-3:] + stages[:1])
+        if len(stages) > 1 and builder.rng.random() < 1 / 7:
+            stage = builder.rng.choice(stages[:-1][-2:])
         sample = stage.draw(builder, "train")
         batch.append(sample)
         total += len(sample.ids)
@@ -425,6 +423,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         initializer_range=args.init_std,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -450,6 +449,23 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     tokenizer.save_pretrained(folder)
 
 
+def build_optimizers(model: LlamaForCausalLM, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices inside the layers, and AdamW for embeddings and norms.
+
+    Muon learns rare associations in fewer steps than AdamW does, and binding is nothing else. Its
+    updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(
+            matrices, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 class Trainer:
     """Runs the curriculum, with checkpoints."""
 
@@ -463,18 +479,10 @@ class Trainer:
         self.model = build_model(self.tokenizer, args).to(self.device)
         if args.compile:
             self.model.model.compile(dynamic=True)
-        decay = [p for p in self.model.parameters() if p.dim() > 1]
-        rest = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": args.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
-            ],
-            lr=1e-3,
-            betas=(0.9, 0.98),
-        )
+        self.optimizers = build_optimizers(self.model, args.weight_decay)
         self.stage = 0
         self.step = 0
+        self.steps_run = 0  # since the start of this process
         self.step_in_stage = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -486,7 +494,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if weights_only:
             return
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for name in self.COUNTERS:
             setattr(self, name, state[name])
 
@@ -495,7 +504,7 @@ class Trainer:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             **{name: getattr(self, name) for name in self.COUNTERS},
         }
         partial = self.checkpoint.with_suffix(".partial")
@@ -503,9 +512,9 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def learning_rate(self) -> float:
-        """Linear warm-up at the very start, linear decay to zero over the last stage."""
+        """Warm up linearly after each start, decay linearly to zero over the last stage."""
         stage = STAGES[self.stage]
-        rate = stage.learning_rate * self.args.lr_scale * min(1.0, (self.step + 1) / 100)
+        rate = stage.learning_rate * self.args.lr_scale * min(1.0, (self.steps_run + 1) / 100)
         if self.stage == len(STAGES) - 1:
             rate *= max(0.02, 1.0 - self.step_in_stage / stage.steps)
         return rate
@@ -519,13 +528,16 @@ class Trainer:
         while self.stage < len(STAGES):
             stage = STAGES[self.stage]
             batch = draw_batch(STAGES[: self.stage + 1], builder, self.args.batch_tokens)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+            rate = self.learning_rate()
+            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+                group["lr"] = rate
             losses.append(train_step(self.model, batch, self.device, self.args.chunk_tokens))
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
             self.step += 1
+            self.steps_run += 1
             self.step_in_stage += 1
             self.tokens += sum(len(sample.ids) for sample in batch)
             now = time.monotonic()
@@ -566,6 +578,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="folder to export to")
+    parser.add_argument("--export-only", action="store_true", help="train no further")
     parser.add_argument("--checkpoint", default="runs/demo-model/checkpoint.pt")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--warm-start", type=Path, help="take the weights of this checkpoint")
@@ -577,15 +590,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--intermediate", type=int, default=384)
+    parser.add_argument("--rope-theta", type=float, default=1e6)
     parser.add_argument("--init-std", type=float, default=0.02)
     parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--lr-scale", type=float, default=1.0)
     parser.add_argument("--compile", action="store_true", help="fuse with torch.compile")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--chunk-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--chunk-tokens", type=int, default=2048)
     parser.add_argument("--eval-every", type=int, default=50, help="steps")
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     return parser.parse_args(argv)
@@ -601,7 +615,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.load(args.warm_start, weights_only=True)
     if args.stage is not None:
         trainer.stage, trainer.step_in_stage = args.stage, 0
-    trainer.run()
+    if not args.export_only:
+        trainer.run()
     if args.out:
         export(trainer.model, trainer.tokenizer, args.out)
 
