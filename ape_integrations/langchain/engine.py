@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 from collections import deque
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
+
 from ape_integrations.core.config import APEConfig
+from ape_integrations.core.errors import APEError, ConfigError
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 from ape_integrations.store import KVStore
@@ -103,9 +107,18 @@ class EngineSettings:
         if self.loaded is not None:
             return APEGenerator(*self.loaded.parts, store=self.store, config=self.config)
         name = _demo_model() if self.model is None else self.model
-        return APEGenerator.from_pretrained(
-            name, store=self.store, config=self.config, **self.load_kwargs
-        )
+        try:
+            return APEGenerator.from_pretrained(
+                name, store=self.store, config=self.config, **_placed(self.load_kwargs)
+            )
+        except (OSError, ValueError) as error:
+            if isinstance(error, APEError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"The model {name} cannot be loaded: {reason} Name a directory that holds a model, "
+                "or a model of the Hugging Face hub."
+            ) from error
 
 
 class Engine:
@@ -171,6 +184,19 @@ def engines() -> list[Engine]:
     """Return all engines that somebody holds."""
     with _engines_lock:
         return list(_engines.values())
+
+
+def _placed(load_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Put a model on the accelerator, where there is one and nothing else was asked for."""
+    if "device_map" in load_kwargs or not torch.accelerator.is_available():
+        return load_kwargs
+    if importlib.util.find_spec("accelerate") is None:
+        logger.warning(
+            "The model stays on the CPU although there is an accelerator: transformers needs the "
+            "package accelerate to place it. pip install accelerate"
+        )
+        return load_kwargs
+    return {**load_kwargs, "device_map": "auto"}
 
 
 def _resolved(path: str) -> str:

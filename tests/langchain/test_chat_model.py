@@ -53,7 +53,7 @@ def test_prompt_without_documents_is_answered_as_by_transformers() -> None:
 def test_nothing_is_loaded_before_the_first_call() -> None:
     chat = ChatAPE(model="/no/such/model", max_tokens=5)
     chat.bind(stop=["x"])
-    with pytest.raises(OSError, match="/no/such/model"):
+    with pytest.raises(ConfigError, match="/no/such/model cannot be loaded"):
         chat.invoke("Hello")
 
 
