@@ -32,9 +32,12 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.rule import Rule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from ape_integrations import APELLM
 
@@ -46,6 +49,8 @@ def main() -> None:
     """Build the pipeline, ask, ask again, compare."""
     arguments = parse_arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    disable_progress_bar()
     documents = read_documents(arguments.data)
     questions = read_questions(arguments)
     with tempfile.TemporaryDirectory() as fresh:
@@ -166,7 +171,7 @@ def compare(llm: APELLM, questions: list[Question]) -> None:
             f"Right answers of {len(graded)}: {counts[0]} asked first, {counts[1]} asked again, "
             f"{counts[2]} without APE."
         )
-    console.print("Run it again: the store keeps what was read, and the first time is fast too.")
+    console.print("Run it again: the store keeps what was read, so asking first is fast as well.")
 
 
 def sequential(
@@ -230,8 +235,8 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     single = [question for question in loaded if not question.history]
     wanted = arguments.questions
     # A few of every kind: they stand in groups, from easy to hard.
-    step = max(1, len(single) // max(1, wanted))
-    return [*single[::step][:wanted], *talks[: max(2, wanted // 4)]]
+    picked = sorted({i * len(single) // wanted for i in range(min(wanted, len(single)))})
+    return [*(single[i] for i in picked), *talks[: max(2, wanted // 4)]]
 
 
 def introduce(llm: APELLM, documents: list[Document], nodes: list[Any]) -> None:
@@ -247,20 +252,24 @@ def introduce(llm: APELLM, documents: list[Document], nodes: list[Any]) -> None:
         f"{time.perf_counter() - started:.1f} s.  {len(documents)} documents, {len(nodes)} nodes."
     )
     state = f"{stats.entries} entries" if stats.entries else "empty: nothing was read before"
-    console.print(f"Store: {state}.\n")
+    console.print(f"Store: {state}.")
+    console.print()
 
 
 def show(question: Question, source_nodes: list[Any]) -> None:
     """Print a question, its answer and where it was read."""
-    answer = question.answers[0] or "(no answer)"
+    answer = escape(question.answers[0]) or "(no answer)"
     mark = ""
     if question.answer:
-        right = question.is_right(answer)
-        mark = "  [green]right[/green]" if right else f"  [red]expected {question.answer}[/red]"
+        right = question.is_right(question.answers[0])
+        mark = " [green]right[/green]" if right else f" [red]expected: {question.answer}[/red]"
     files = list(dict.fromkeys(node.node.ref_doc_id or "?" for node in source_nodes))
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    for turn in question.history:
+        console.print(f"[dim]{turn['question']}  {turn['answer']}[/dim]")
     console.print(f"[bold]{question.text}[/bold]")
-    console.print(f"  {answer}{mark}")
-    console.print(f"  [dim]read in {', '.join(files)}[/dim]\n")
+    console.print(Padding(f"{answer}{mark}", (0, 0, 0, 2)))
+    console.print(Padding(f"[dim]from {', '.join(files[:3])}{more}[/dim]", (0, 0, 1, 2)))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _KEPT = 1000
 
 #: Retrievals whose prompt has not been seen yet.
-_AWAITED = 64
+_AWAITED = 16
 
 _told = threading.Event()
 
