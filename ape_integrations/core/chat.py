@@ -289,13 +289,14 @@ _abilities_lock = threading.Lock()
 
 def _probe(render: Callable[..., str]) -> Abilities:
     def shows(*messages: Message, wanted: str = "", **kwargs: Any) -> bool:
-        """Whether the template renders the messages and drops none of their texts."""
+        """Whether the template renders the messages, all of their texts in their order."""
         try:
             text = render(messages, **kwargs)
         except Exception:  # a template may raise anything
             return False
         texts = [message["content"] for message in messages if message["content"]]
-        return all(each in text for each in [*texts, wanted])
+        places = [text.find(each) for each in texts]
+        return -1 not in places and places == sorted(places) and wanted in text
 
     def say(role: str, number: int, **kwargs: Any) -> Message:
         return {"role": role, "content": f"zq{role}{number}zq", **kwargs}

@@ -4,6 +4,7 @@ Not the templates that models ship; what they share with those is the markup, wh
 what they do to messages.
 """
 
+# ruff: noqa: RUF001 (DeepSeek writes its markup with full-width bars)
 from __future__ import annotations
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -137,6 +138,99 @@ WORDS = (
     "{% if add_generation_prompt %}{{ 'The assistant:' }}{% endif %}"
 )
 
+# System message in a frame of its own inside the first user turn, strict alternation, trimmed.
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}"
+    "{% if message.role not in ['user', 'assistant'] %}"
+    "{{ raise_exception('Only user and assistant roles are supported.') }}{% endif %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate.') }}{% endif %}"
+    "{% if message.role == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if loop.first and system is defined %}"
+    "{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}"
+    "{{ message.content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+# All system messages in front without a header, tokens that hold other scripts' bars.
+DEEPSEEK = (
+    "{% set ns = namespace(system='') %}"
+    "{% for message in messages %}{% if message.role == 'system' %}"
+    "{% set ns.system = ns.system + message.content + '\\n' %}{% endif %}{% endfor %}"
+    "{{ bos_token + ns.system }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '<｜User｜>' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '<｜Assistant｜>' }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<｜tool▁call▁begin｜>' + call.function | tojson + '<｜tool▁call▁end｜>' }}{% endfor %}"
+    "{{ message.content + eos_token }}"
+    "{% elif message.role == 'tool' %}"
+    "{{ '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+
+# A token that begins each turn, one for the role, one that ends it; no tool turns.
+COMMAND = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + message.content + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% elif message.role == 'user' %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + message.content | trim }}"
+    "{{ '<|END_OF_TURN_TOKEN|>' }}"
+    "{% elif message.role == 'assistant' %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + message.content | trim }}"
+    "{{ '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{{ raise_exception('Unknown role.') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+
+# A dated system turn of its own, the user's system text as a developer turn, answers in channels.
+HARMONY = (
+    "{{ '<|start|>system<|message|>Knowledge cutoff: 2024-06\\nCurrent date: ' }}"
+    "{{ strftime_now('%Y-%m-%d') + '\\n\\nReasoning: ' + (reasoning_effort or 'medium') }}"
+    "{{ '<|end|>' }}"
+    "{% if messages[0].role in ['system', 'developer'] %}"
+    "{{ '<|start|>developer<|message|># Instructions\\n\\n' + messages[0].content + '<|end|>' }}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}"
+    "{% if message.role == 'user' %}"
+    "{{ '<|start|>user<|message|>' + message.content + '<|end|>' }}"
+    "{% elif message.role == 'tool' %}"
+    "{{ '<|start|>functions.tool to=assistant<|channel|>commentary<|message|>' }}"
+    "{{ message.content | tojson + '<|end|>' }}"
+    "{% elif message.role == 'assistant' %}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<|start|>assistant to=functions.' + call.function.name + '<|channel|>commentary' }}"
+    "{{ '<|message|>' + call.function.arguments | tojson + '<|call|>' }}{% endfor %}"
+    "{% if message.content %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}"
+    "{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+# A system message in any case, with the date and the thinking mode, and then the user's own.
+SMOLLM3 = (
+    "{{ '<|im_start|>system\\n## Metadata\\n\\nToday Date: ' + strftime_now('%d %B %Y') }}"
+    "{{ '\\nReasoning Mode: ' + ('/think' if enable_thinking | default(true) else '/no_think') }}"
+    "{{ '\\n\\n## Custom Instructions\\n\\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set messages = messages[1:] %}{% endif %}{{ '<|im_end|>\\n' }}"
+    "{% for message in messages %}"
+    "{% if message.role in ['user', 'tool'] %}"
+    "{{ '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ '<|im_start|>assistant\\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not enable_thinking | default(true) %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}"
+    "{% endif %}"
+)
+
 # No markup at all.
 TEXT = (
     "{% for message in messages %}"
@@ -154,6 +248,11 @@ FAMILIES = {
     "zephyr": ZEPHYR,
     "granite": GRANITE,
     "words": WORDS,
+    "llama2": LLAMA2,
+    "deepseek": DEEPSEEK,
+    "command": COMMAND,
+    "harmony": HARMONY,
+    "smollm3": SMOLLM3,
     "text": TEXT,
 }
 
@@ -167,6 +266,24 @@ _TOKENS = {
     "zephyr": [],
     "granite": ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"],
     "words": ["<|end_of_turn|>"],
+    "llama2": [],
+    "deepseek": [
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁output▁begin｜>",
+        "<｜tool▁output▁end｜>",
+    ],
+    "command": [
+        "<|START_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|SYSTEM_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+    ],
+    "harmony": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"],
+    "smollm3": ["<|im_start|>", "<|im_end|>"],
     "text": [],
 }
 
