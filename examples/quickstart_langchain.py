@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
 from langchain_classic.chains import create_history_aware_retriever, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
-from langchain_community.retrievers import BM25Retriever
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
@@ -43,6 +43,11 @@ from rich.rule import Rule
 
 from ape_integrations import ChatAPE
 from ape_integrations.core.errors import ConfigError
+
+with warnings.catch_warnings():
+    # The package announces its end; its BM25 is still the one without a service or a vector.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from langchain_community.retrievers import BM25Retriever
 
 ANSWER = "Answer the question from the context.\n\n{context}"
 REPHRASE = "Rephrase the last question so that it can be understood without the conversation."

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.tools import tool
@@ -131,28 +133,34 @@ def test_text_answer_is_streamed_although_tools_are_bound() -> None:
     assert "".join(str(chunk.content) for chunk in chunks) == "Forty metres"
 
 
+class Continuing(Script):
+    """Ends an answer that is forced to begin with a call."""
+
+    def __init__(self, ending: str) -> None:
+        super().__init__(None, loaded_tokenizer(True))
+        self._ending = ending
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        said = self._tokenizer.decode(input_ids[0]).rpartition('"arguments":')[2]
+        rest = self._ending[len(said) :]
+        ids = self._tokenizer(rest, add_special_tokens=False)["input_ids"] or [2]
+        forced = scores.new_full(scores.shape, float("-inf"))
+        forced[:, ids[0]] = 0.0
+        return forced
+
+
+def continuing(ending: str) -> ChatAPE:
+    return tiny_chat(
+        tools=True, max_tokens=80, model_kwargs={"logits_processor": [Continuing(ending)]}
+    )
+
+
 def test_tool_choice_begins_the_answer_with_the_call() -> None:
-    # The script continues what the forced beginning leaves open.
-    script = saying(' {"a": 1, "b": 2}}\n</tool_call>')
-
-    def continued(prompt: str) -> str:
-        return ' {"a": 1, "b": 2}}\n</tool_call>'
-
-    class Continue(Script):
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            head, _, tail = self._tokenizer.decode(input_ids[0]).rpartition('"arguments":')
-            rest = continued(head)[len(tail) :]
-            ids = self._tokenizer(rest, add_special_tokens=False)["input_ids"] or [2]
-            forced = scores.new_full(scores.shape, float("-inf"))
-            forced[:, ids[0]] = 0.0
-            return forced
-
-    chat = script.bind_tools([search, add], tool_choice="add")
-    bound: Any = chat
-    kwargs = {"logits_processor": [Continue(continued, loaded_tokenizer(True))]}
-    message = bound.invoke("One and two?", model_kwargs=kwargs)
+    chat: Any = continuing(' {"a": 1, "b": 2}}\n</tool_call>')
+    bound = chat.bind_tools([search, add], tool_choice="add")
+    message = bound.invoke("One and two?")
     assert [(c["name"], c["args"]) for c in message.tool_calls] == [("add", {"a": 1, "b": 2})]
-    chunks = list(bound.stream("One and two?", model_kwargs=kwargs))
+    chunks = list(bound.stream("One and two?"))
     assert [c["args"] for c in sum(chunks[1:], chunks[0]).tool_calls] == [{"a": 1, "b": 2}]
 
 
@@ -189,7 +197,6 @@ class PersonDict(TypedDict):
 
 
 ANSWER = 'Here it is: {"name": "Mira", "age": 50}'
-CALL = '<tool_call>{"name": "Person", "arguments": {"name": "Mira", "age": 50}}</tool_call>'
 
 
 @pytest.mark.parametrize("method", [None, "json_schema", "json_mode"])
@@ -223,11 +230,15 @@ def test_dict_schemas_give_dicts() -> None:
 
 
 def test_template_with_tools_answers_through_a_call() -> None:
-    chat = saying(CALL)
-    message = chat.bind_tools([Person]).invoke("Who?")
-    assert message.tool_calls[0]["args"] == {"name": "Mira", "age": 50}
+    chat = continuing(' {"name": "Mira", "age": 50}}\n</tool_call>')
+    structured = chat.with_structured_output(Person)
+    assert structured.invoke("Who?") == Person(name="Mira", age=50)
+    assert list(structured.stream("Who?")) == [Person(name="Mira", age=50)]
     raw = chat.with_structured_output(Person, include_raw=True).invoke("Who?")
-    assert isinstance(raw["raw"], AIMessage)
+    assert isinstance(raw["raw"], AIMessage) and raw["parsed"] == Person(name="Mira", age=50)
+    agent = create_agent(chat, [], response_format=ToolStrategy(Person))
+    state = agent.invoke({"messages": [HumanMessage("Who?")]})
+    assert state["structured_response"] == Person(name="Mira", age=50)
 
 
 def test_unreadable_answer_raises_or_is_returned_raw() -> None:
