@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from _table import print_table
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -80,20 +82,24 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     single = [question for question in loaded if not question.history]
     wanted = arguments.questions
     # They stand in groups, from easy to hard.
-    step = max(1, len(single) // max(1, wanted))
-    return [*single[::step][:wanted], *talks[: max(2, wanted // 4)]]
+    picked = sorted({i * len(single) // wanted for i in range(min(wanted, len(single)))})
+    return [*(single[i] for i in picked), *talks[: max(2, wanted // 4)]]
 
 
 def show(question: Question, sources: Sequence[str]) -> None:
     """Print a question, its first answer and where it was read."""
-    answer = question.answers[0] or "(no answer)"
+    answer = escape(question.answers[0]) or "(no answer)"
     mark = ""
     if question.answer:
-        right = question.is_right(answer)
-        mark = "  [green]right[/green]" if right else f"  [red]expected {question.answer}[/red]"
-    console.print(f"[bold]{question.text}[/bold]")
-    console.print(f"  {answer}{mark}")
-    console.print(f"  [dim]read in {', '.join(dict.fromkeys(sources))}[/dim]\n")
+        right = question.is_right(question.answers[0])
+        mark = " [green]right[/green]" if right else f" [red]expected: {question.answer}[/red]"
+    files = list(dict.fromkeys(sources))
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    for turn in question.history:
+        console.print(f"[dim]{turn['question']}  {turn['answer']}[/dim]")
+    console.print(f"[bold]{escape(question.text)}[/bold]")
+    console.print(Padding(f"{answer}{mark}", (0, 0, 0, 2)))
+    console.print(Padding(f"[dim]from {', '.join(files[:3])}{more}[/dim]", (0, 0, 1, 2)))
 
 
 def compare(generator: APEGenerator, questions: list[Question], max_new_tokens: int) -> None:
@@ -122,7 +128,7 @@ def compare(generator: APEGenerator, questions: list[Question], max_new_tokens: 
             f"Right answers of {len(graded)}: {counts[0]} asked first, {counts[1]} asked again, "
             f"{counts[2]} without APE."
         )
-    console.print("Run it again: the store keeps what was read, and the first time is fast too.")
+    console.print("Run it again: the store keeps what was read, so asking first is fast as well.")
 
 
 def sequential(

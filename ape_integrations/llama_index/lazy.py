@@ -282,8 +282,15 @@ def _device_map(device_map: Any) -> Any:
         return device_map
     import torch
 
-    accelerator = torch.accelerator.is_available()
-    return "auto" if accelerator and importlib.util.find_spec("accelerate") else None
+    if not torch.accelerator.is_available():
+        return None
+    if importlib.util.find_spec("accelerate") is None:
+        logger.warning(
+            "The model stays on the CPU although there is an accelerator: transformers needs the "
+            "package accelerate to place it. Install it, or pass a loaded model."
+        )
+        return None
+    return "auto"
 
 
 def _max_positions(config: Any) -> int | None:
