@@ -6,7 +6,8 @@ from pathlib import Path
 
 from store_helpers import SPAWN, encode_once, hold_encoding_lock, kill, make_states, same, spec_of
 
-from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
+from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore, single_flight
+from ape_integrations.store.single_flight import EncodingLocks
 
 
 def test_ten_threads_that_miss_one_context_encode_it_once(tmp_path):
@@ -139,6 +140,22 @@ def test_tiered_store_holds_keys_until_other_processes_can_find_them(tmp_path, m
     go_on.set()
     with other.encoding_lock("k", timeout=30) as held:
         assert held == {"k"} and other.contains("k")
+
+
+def test_lock_file_that_its_holder_just_removed_gives_nobody_the_lock(tmp_path, monkeypatch):
+    first, second, third = (EncodingLocks(tmp_path / "locks") for _ in range(3))
+    holding = first.hold("k")
+    holding.__enter__()
+    try_lock = single_flight.try_lock
+
+    def release_in_between(descriptor: int) -> bool:
+        monkeypatch.setattr(single_flight, "try_lock", try_lock)
+        holding.__exit__(None, None, None)
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(single_flight, "try_lock", release_in_between)
+    with second.hold("k") as held, third.hold("k") as nothing:
+        assert held == {"k"} and not nothing
 
 
 def test_many_keys_at_once(tmp_path):
