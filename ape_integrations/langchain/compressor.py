@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -14,6 +14,7 @@ from langchain_core.prompts import (
     format_document,
 )
 from langchain_core.prompts.chat import MessagesPlaceholder
+from langchain_core.runnables import RunnableBinding
 from pydantic import ConfigDict, field_validator
 from tqdm.auto import tqdm
 
@@ -52,6 +53,8 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
     @field_validator("model")
     @classmethod
     def _is_ours(cls, model: Any) -> Any:
+        while isinstance(model, RunnableBinding):
+            model = model.bound
         if not isinstance(model, APESettings):
             raise ConfigError(
                 f"model must be a ChatAPE or an APELanguageModel, not {type(model).__name__}."
@@ -126,38 +129,37 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             The prompt has no variable for documents.
         """
         template = document_prompt or PromptTemplate.from_template("{page_content}")
-        texts = [format_document(document, template) for document in documents]
-        self._register(documents, None)
-        parts = (
-            [(prompt, texts)]
-            if isinstance(prompt, str)
-            else self._parts(prompt, texts, _document_variable(prompt, document_variable))
-        )
+        variable = None
+        if not isinstance(prompt, str):
+            variable = _document_variable(prompt, document_variable)
+        generator = self.model.generator
         counts = {"contexts": 0, "hits": 0, "misses": 0}
-        with tqdm(total=len(texts), unit="doc", disable=not show_progress) as progress:
+        with tqdm(total=len(documents), unit="doc", disable=not show_progress) as progress:
             progress.set_description("Warming the store")
-            for prefix, contexts in parts:
-                done = self.model.generator.warm(prefix, contexts, show_progress=False)
+            for start in range(0, len(documents), _AT_ONCE):
+                some = documents[start : start + _AT_ONCE]
+                texts = [format_document(document, template) for document in some]
+                # Some at a time: the registry forgets the oldest of very many.
+                generator.registry.register([d.page_content for d in some], _QUESTION)
+                prefix, contexts = self._parts(prompt, texts, variable)
+                done = generator.warm(prefix, contexts, show_progress=False)
                 counts = {name: counts[name] + done[name] for name in counts}
-                progress.update(len(contexts))
+                progress.update(len(some))
         return counts
 
     def _parts(
-        self, prompt: BasePromptTemplate[Any], texts: Sequence[str], variable: str
-    ) -> Iterator[tuple[str, Sequence[str]]]:
-        """Yield prefix and contexts as requests will have them, some documents at a time."""
-        model, generator = self.model, self.model.generator
-        generator.registry.register([], _QUESTION)
-        for start in range(0, len(texts), _AT_ONCE):
-            some = texts[start : start + _AT_ONCE]
-            value = prompt.invoke(_arguments(prompt, variable, "\n\n".join(some)))
-            rendered = (
-                model.render(value.to_messages())
-                if isinstance(model, ChatAPE)
-                else value.to_string()
-            )
-            parts = generator.split(rendered)
-            yield parts.prefix, parts.contexts
+        self, prompt: BasePromptTemplate[Any] | str, texts: Sequence[str], variable: str | None
+    ) -> tuple[str, Sequence[str]]:
+        """Return prefix and contexts as requests with these documents will have them."""
+        if isinstance(prompt, str) or variable is None:
+            return str(prompt), texts
+        value = prompt.invoke(_arguments(prompt, variable, "\n\n".join(texts)))
+        if isinstance(self.model, ChatAPE):
+            rendered = self.model.render(value.to_messages())
+        else:
+            rendered = value.to_string()
+        parts = self.model.generator.split(rendered)
+        return parts.prefix, parts.contexts
 
 
 def _document_variable(prompt: BasePromptTemplate[Any], given: str | None) -> str:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ import torch
 
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.errors import APEError, ConfigError
+from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 from ape_integrations.store import KVStore
@@ -54,13 +56,18 @@ class LoadedModel:
             return self.generator.model, self.generator.tokenizer
         return self.model, self.tokenizer
 
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Identity of the weights, which notices when they change."""
+        return ModelFingerprint(self.parts[0])
+
     @property
     def identity(self) -> tuple[int, int, int]:
         """Which objects these are, for as long as they live."""
         return id(self.generator), id(self.model), id(self.tokenizer)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class EngineSettings:
     """Everything that decides which generator serves a LangChain model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.errors import ConfigError
-from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generation import GenerationResult
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.langchain.engine import Engine, EngineSettings, LoadedModel, acquire
@@ -135,9 +134,14 @@ class APESettings(BaseModel):
         assert self._engine is not None  # held from now on, so that retrievals reach it
         return self
 
-    @cached_property
+    @property
     def _engine(self) -> Engine:
-        return acquire(self._engine_settings())
+        """The engine of the fields as they are now: copies and assignments may change them."""
+        settings = self._engine_settings()
+        held: dict[str | None, Engine] = self.__dict__.setdefault("_engines", {})
+        if None not in held or held[None].settings != settings:
+            self.__dict__["_engines"] = held = {None: acquire(settings)}
+        return held[None]
 
     def _engine_settings(self) -> EngineSettings:
         generator = self.loaded.generator if self.loaded is not None else None
@@ -171,7 +175,8 @@ class APESettings(BaseModel):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy the settings; model and store are shared."""
-        shared = {id(part): part for part in (self.store, self.loaded, self._engine)}
+        shared = {id(part): part for part in (self.store, self.loaded)}
+        shared |= {id(engine): engine for engine in self.__dict__["_engines"].values()}
         return super().__deepcopy__({**(memo or {}), **shared})
 
     @property
@@ -188,15 +193,11 @@ class APESettings(BaseModel):
         """Return the engine of a call, which may name another model, and that model's name."""
         if model is None or model == self.model:
             return self._engine, self.name_of_model
-        settings = self._engine_settings()
-        other = EngineSettings(
-            model=str(model),
-            store=settings.store,
-            config=settings.config,
-            load_kwargs=settings.load_kwargs,
-            capture=settings.capture,
-        )
-        return acquire(other), str(model)
+        own = self._engine.settings
+        engines: dict[str | None, Engine] = self.__dict__["_engines"]
+        if model not in engines:
+            engines[model] = acquire(replace(own, model=str(model), loaded=None))
+        return engines[model], str(model)
 
     def _answer_params(self) -> dict[str, Any]:
         """Everything that changes an answer, for caches that key on it."""
@@ -214,9 +215,8 @@ class APESettings(BaseModel):
             "capture": self.capture,
         }
         if self.loaded is not None:
-            model, tokenizer = self.loaded.parts
-            params["fingerprint"] = ModelFingerprint(model).digest()
-            params["chat_template"] = tokenizer.chat_template
+            params["fingerprint"] = self.loaded.fingerprint.digest()
+            params["chat_template"] = self.loaded.parts[1].chat_template
         return params
 
     def _generation_kwargs(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -232,8 +232,9 @@ class APESettings(BaseModel):
             if call.get(name) is None:
                 call[name] = getattr(self, name)
         max_tokens = call.pop("max_tokens", None)
-        if "max_new_tokens" not in call:
-            call["max_new_tokens"] = max_tokens or self.max_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}.")
+        call.setdefault("max_new_tokens", max_tokens or self.max_tokens)
         call["stop"] = stop if stop is not None else self.stop
         call.pop("stream", None)
         known = set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS | {"stop"}
@@ -257,7 +258,7 @@ def _sampling(call: dict[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(values: Mapping[str, Any], known: set[str] | type[BaseModel]) -> None:
     names = known if isinstance(known, set) else {*known.model_fields, *_aliases(known)}
     for name in values:
-        if name not in names and not name.startswith("_"):  # cached properties of a copied model
+        if name not in names and not name.startswith("_"):  # what a copied model holds
             close = difflib.get_close_matches(name, sorted(names), n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"Unknown argument {name!r}: it would change nothing.{hint}")

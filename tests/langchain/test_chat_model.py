@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,24 @@ def test_copies_share_the_loaded_model() -> None:
     assert answer.usage_metadata["output_tokens"] == 3
 
 
+def test_changed_settings_of_ape_are_heeded_in_copies_and_assignments() -> None:
+    chat = tiny_chat()
+    changed = chat.model_copy(update={"attention_temperature": 0.5})
+    assert changed.generator.config.attention_temperature == 0.5
+    chat.scaling_factor = 0.4
+    assert chat.generator.config.scaling_factor == 0.4
+
+
+def test_another_model_named_in_calls_stays_loaded(saved_model: str) -> None:
+    chat = tiny_chat()
+    bound = chat.bind(model=saved_model)
+    bound.invoke(HELLO)
+    first = weakref.ref(chat._engine_for(saved_model)[0].generator)
+    gc.collect()
+    bound.invoke(HELLO)
+    assert first() is chat._engine_for(saved_model)[0].generator
+
+
 def test_a_named_model_can_be_pickled(saved_model: str) -> None:
     chat = ChatAPE(model=saved_model, temperature=0, max_tokens=4)
     assert pickle.loads(pickle.dumps(chat)).invoke(HELLO).content == chat.invoke(HELLO).content
@@ -206,6 +226,8 @@ def test_unknown_arguments_of_a_call_are_refused() -> None:
         chat.invoke(HELLO, topp=0.5)
     with pytest.raises(ConfigError, match="must not be negative"):
         chat.invoke(HELLO, temperature=-0.5)
+    with pytest.raises(ConfigError, match="max_tokens must be at least 1"):
+        chat.invoke(HELLO, max_tokens=0)
 
 
 # Responses ---------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ def test_documents_of_no_retriever_are_found_once_they_passed_through() -> None:
     assert answer.response_metadata["ape"]["contexts"] == 2
 
 
+def test_bound_models_are_taken_for_what_they_bind() -> None:
+    chat = tiny_chat()
+    assert compressor_of(chat.bind(stop=["x"]).with_config(tags=["a"])).model is chat
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="must be a ChatAPE or an APELanguageModel"):
         compressor_of("gpt")
