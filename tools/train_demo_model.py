@@ -44,6 +44,7 @@ from demo_tokenizer import BOS, END, build_tokenizer
 from ape_integrations.evaluation import world as w
 
 IGNORE = -100
+LONE_WEIGHT = 3.0  # of the loss on an answer that is the only one in its prompt
 CONTEXT_WEIGHT = 0.1  # of the loss on tokens that are no answer
 CONTEXT_SHARE = 0.15  # of those tokens, drawn at random, that enter the loss at all
 
@@ -83,10 +84,11 @@ AttentionMaskInterface.register("train_causal", lambda *args, **kwargs: None)
 
 @dataclass
 class Sample:
-    """Token ids with the flags of those that belong to answers."""
+    """Token ids with the flags of those that belong to answers, and the weight of their loss."""
 
     ids: list[int]
     answer: list[bool]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,10 @@ class Builder:
         if self.rng.random() < 0.12 and style != "few_shot":
             documents = [w.with_metadata(text, self.rng) for text in documents]
         prompt = w.build_prompt(style, documents, turns, self.render, self.rng)
-        return self.sample(prompt.text, turns[-1].answer)
+        sample = self.sample(prompt.text, turns[-1].answer)
+        # A lone question must not drown among the many of a chat.
+        sample.weight = LONE_WEIGHT if len(turns) == 1 else 1.0
+        return sample
 
 
 def draw_copy(builder: Builder, split: str) -> Sample:
@@ -233,21 +238,30 @@ def _dialogue(world: w.World, count: int, questions: int) -> w.Task:
     if rng.random() < 0.2:
         kinds = [rng.choice(kinds)]
     documents = world.documents(count, facts=(low, rng.randint(low, 5)), kinds=kinds)
+    facts = sum(len(document.facts) for document in documents)
     turns: list[w.Turn] = []
-    while len(turns) < questions:
-        chance = rng.random()
-        turn: w.Turn | None
-        if chance < 0.2:
-            turn = world.unanswerable(documents)
-        elif chance < 0.45:
-            turn = world.two_hop(documents)
-        elif chance < 0.65 and turns:
-            turn = world.follow_up(documents, turns[-1])
-        else:
-            turn = world.single(documents)
-        if turn is not None:
-            turns.append(turn)
+    said: set[str] = set()
+    for _ in range(4 * questions):
+        turn = _draw_turn(world, documents, turns)
+        # An answer that can be copied from an earlier turn teaches nothing about documents.
+        if turn is None or turn.answer.split(". ")[-1] in said:
+            continue
+        said.update(part if part.endswith(".") else part + "." for part in turn.answer.split(". "))
+        turns.append(turn)
+        if len(turns) == min(questions, facts):
+            break
     return w.Task([document.text for document in documents], turns)
+
+
+def _draw_turn(world: w.World, documents: list[w.Document], turns: list[w.Turn]) -> w.Turn | None:
+    chance = world.rng.random()
+    if chance < 0.2:
+        return world.unanswerable(documents)
+    if chance < 0.45:
+        return world.two_hop(documents)
+    if chance < 0.6 and turns:
+        return world.follow_up(documents, turns[-1])
+    return world.single(documents)
 
 
 def single_turn(count: tuple[int, int]) -> Callable[[Builder, str], Sample]:
@@ -288,25 +302,24 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "prompts",
         mixture(
-            (0.6, dialogue((1, 12), (8, 16))),
-            (0.32, single_turn((1, 8))),
+            (0.65, dialogue((2, 7), (6, 12))),
+            (0.27, single_turn((1, 6))),
             (0.08, draw_few_shot),
         ),
         0.96,
-        2000,
+        4000,
         1.2e-3,
     ),
     Stage(
         "long",
         mixture(
-            (0.43, dialogue((1, 12), (8, 16))),
-            (0.17, dialogue((12, 24), (10, 20))),
-            (0.05, dialogue((24, 32), (12, 20))),
-            (0.27, single_turn((1, 16))),
+            (0.45, dialogue((2, 10), (8, 14))),
+            (0.10, dialogue((10, 32), (10, 20))),
+            (0.37, single_turn((1, 14))),
             (0.08, draw_few_shot),
         ),
         1.01,
-        4000,
+        2400,
         1.2e-3,
     ),
 )
@@ -370,10 +383,13 @@ def train_step(
     for group in chunks(batch, chunk):
         logits, labels, flags = forward(model, group, device, CONTEXT_SHARE)
         losses = functional.cross_entropy(logits, labels, reduction="none")
-        answer_loss = losses[flags].sum() / answers
-        loss = answer_loss + CONTEXT_WEIGHT * losses[~flags].sum() / others
+        weights = torch.tensor(
+            [sample.weight for sample in group for _ in range(sum(sample.answer))]
+        )
+        weighted = (losses[flags] * weights.to(device)).sum() / answers
+        loss = weighted + CONTEXT_WEIGHT * losses[~flags].sum() / others
         loss.backward()
-        total += answer_loss.item()
+        total += losses[flags].sum().item() / answers
     return total
 
 
