@@ -39,6 +39,7 @@ from ape_integrations.core.generation import (
     TokenSink,
 )
 from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
+from ape_integrations.core.loading import clear_loading_errors
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.registry import ContextRegistry
@@ -141,13 +142,16 @@ class APEGenerator:
 
         Raises
         ------
+        ConfigError
+            There is no such model.
         UnsupportedModelError
             The model is no causal language model, or APE cannot serve it.
         """
         name = str(name_or_path)
-        model = _load_model(name, model_kwargs)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
+        with clear_loading_errors(name):
+            model = _load_model(name, model_kwargs)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
         return cls(model, tokenizer, store=store, config=config)
 
     # Prompts ------------------------------------------------------------------------------------

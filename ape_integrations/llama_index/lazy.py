@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import APEError, ConfigError
+from ape_integrations.core.errors import ConfigError
+from ape_integrations.core.loading import bundled_model, clear_loading_errors, usable_device_map
 from ape_integrations.core.prompt import PromptParts
-from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +28,6 @@ _KEPT = 1000
 
 #: Retrievals whose prompt has not been seen yet.
 _AWAITED = 16
-
-_told = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -179,16 +175,15 @@ class LazyGenerator:
         if source.model is not None:
             return APEGenerator(source.model, tokenizer, source.store, source.config)
         kwargs = dict(source.model_kwargs)
-        if (device_map := _device_map(source.device_map)) is not None:
+        if (device_map := usable_device_map(source.device_map)) is not None:
             kwargs.setdefault("device_map", device_map)
         name = self._location()
-        with _clear_errors(name):
-            return APEGenerator.from_pretrained(
-                name, store=source.store, config=source.config, tokenizer=tokenizer, **kwargs
-            )
+        return APEGenerator.from_pretrained(
+            name, store=source.store, config=source.config, tokenizer=tokenizer, **kwargs
+        )
 
     def _location(self) -> str:
-        return _demo_model() if self.source.model_name is None else self.source.model_name
+        return bundled_model() if self.source.model_name is None else self.source.model_name
 
     # What can be known without loading the model --------------------------------------------------
 
@@ -211,7 +206,7 @@ class LazyGenerator:
             if not name:
                 raise ConfigError("A model was given without a tokenizer: pass tokenizer=... too.")
         name = name or self._location()
-        with _clear_errors(name):
+        with clear_loading_errors(name):
             return AutoTokenizer.from_pretrained(name, **source.tokenizer_kwargs)
 
     def max_positions(self) -> int | None:
@@ -230,7 +225,7 @@ class LazyGenerator:
         name = self._location()
         hub = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir", "code_revision")
         kwargs = {k: v for k, v in self.source.model_kwargs.items() if k in hub}
-        with _clear_errors(name):
+        with clear_loading_errors(name):
             return AutoConfig.from_pretrained(name, **kwargs)
 
     # Retrieved texts ------------------------------------------------------------------------------
@@ -263,52 +258,7 @@ class LazyGenerator:
         return parts
 
 
-def _demo_model() -> str:
-    """Return the bundled model's path, and say once that it is used."""
-    path = demo_model_path()
-    if not _told.is_set():
-        _told.set()
-        logger.warning(
-            "No model was named: the bundled demo model %s answers. It is small and made for "
-            "trying things out; name a model for real work.",
-            DEMO_MODEL_NAME,
-        )
-    return path
-
-
-def _device_map(device_map: Any) -> Any:
-    """Return what to pass on: "auto" needs accelerate and means nothing on a bare CPU."""
-    if device_map != "auto":
-        return device_map
-    import torch
-
-    if not torch.accelerator.is_available():
-        return None
-    if importlib.util.find_spec("accelerate") is None:
-        logger.warning(
-            "The model stays on the CPU although there is an accelerator: transformers needs the "
-            "package accelerate to place it. Install it, or pass a loaded model."
-        )
-        return None
-    return "auto"
-
-
 def _max_positions(config: Any) -> int | None:
     text = config.get_text_config(decoder=True)
     value: int | None = getattr(text, "max_position_embeddings", None)
     return value
-
-
-@contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
-    """Say in one sentence what transformers says in a page when a name leads nowhere."""
-    try:
-        yield
-    except APEError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"Cannot load {name!r}: {reason} Name a directory that holds config.json, weights and "
-            "tokenizer, or a model of the Hugging Face Hub that this machine can reach."
-        ) from error

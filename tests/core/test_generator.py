@@ -491,7 +491,7 @@ def test_encoder_only_model_is_refused() -> None:
 
 
 def test_unknown_model_is_named_in_the_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         APEGenerator.from_pretrained(tmp_path / "nowhere", store=MemoryKVStore())
 
 
