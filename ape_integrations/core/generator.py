@@ -38,8 +38,8 @@ from ape_integrations.core.generation import (
     TextAssembler,
     TokenSink,
 )
-from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
 from ape_integrations.core.loading import clear_loading_errors
+from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.registry import ContextRegistry
