@@ -4,6 +4,7 @@ Reads the text files of a folder, retrieves with BM25 (no network, no embedding 
 chain of its own (LCEL), a retrieval chain with history, and an agent with a retriever tool. The
 only thing that is not ordinary LangChain is the chat model: ``ChatAPE``.
 
+    pip install 'ape-integrations[langchain]' langchain langchain-classic langchain-community rank-bm25
     python examples/quickstart_langchain.py
     python examples/quickstart_langchain.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_texts/
 """
@@ -40,6 +41,7 @@ from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 from rich.rule import Rule
+from transformers.utils.logging import disable_progress_bar
 
 from ape_integrations import ChatAPE
 from ape_integrations.core.errors import ConfigError
@@ -60,6 +62,7 @@ def main() -> None:
     """Build the pipelines, ask, ask again, compare."""
     arguments = parse_arguments(__doc__.partition("\n")[0])
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    disable_progress_bar()
     questions = read_questions(arguments)
     with tempfile.TemporaryDirectory() as fresh:
         # The chat model is the only line that differs from any other LangChain program.

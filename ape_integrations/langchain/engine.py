@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -13,16 +11,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import APEError, ConfigError
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generator import APEGenerator
-from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
+from ape_integrations.core.loading import bundled_model, usable_device_map
 from ape_integrations.store import KVStore
-
-logger = logging.getLogger(__name__)
 
 #: Retrievals remembered for a model that is not loaded yet.
 _MAX_PENDING = 256
@@ -31,7 +24,6 @@ _engines: WeakValueDictionary[Hashable, Engine] = WeakValueDictionary()
 _engines_lock = threading.Lock()
 # Loading with transformers changes global state and is not safe from several threads at once.
 _loading_lock = threading.Lock()
-_demo_told = threading.Event()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,19 +105,12 @@ class EngineSettings:
             return self.loaded.generator
         if self.loaded is not None:
             return APEGenerator(*self.loaded.parts, store=self.store, config=self.config)
-        name = _demo_model() if self.model is None else self.model
-        try:
-            return APEGenerator.from_pretrained(
-                name, store=self.store, config=self.config, **_placed(self.load_kwargs)
-            )
-        except (OSError, ValueError) as error:
-            if isinstance(error, APEError):
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"The model {name} cannot be loaded: {reason} Name a directory that holds a model, "
-                "or a model of the Hugging Face hub."
-            ) from error
+        kwargs = dict(self.load_kwargs)
+        device_map = usable_device_map(kwargs.pop("device_map", "auto"))
+        if device_map is not None:
+            kwargs["device_map"] = device_map
+        name = bundled_model() if self.model is None else self.model
+        return APEGenerator.from_pretrained(name, store=self.store, config=self.config, **kwargs)
 
 
 class Engine:
@@ -193,30 +178,5 @@ def engines() -> list[Engine]:
         return list(_engines.values())
 
 
-def _placed(load_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Put a model on the accelerator, where there is one and nothing else was asked for."""
-    if "device_map" in load_kwargs or not torch.accelerator.is_available():
-        return load_kwargs
-    if importlib.util.find_spec("accelerate") is None:
-        logger.warning(
-            "The model stays on the CPU although there is an accelerator: transformers needs the "
-            "package accelerate to place it. pip install accelerate"
-        )
-        return load_kwargs
-    return {**load_kwargs, "device_map": "auto"}
-
-
 def _resolved(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-def _demo_model() -> str:
-    path = demo_model_path()
-    if not _demo_told.is_set():
-        _demo_told.set()
-        logger.warning(
-            "No model was named: the bundled demo model %s answers. It is small and made for "
-            "trying things out; name a model for real work.",
-            DEMO_MODEL_NAME,
-        )
-    return path

@@ -17,8 +17,8 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.runnables import ConfigurableField
 
 from ape_integrations import APEConfig, APEGenerator, ChatAPE, MemoryKVStore
+from ape_integrations.core import loading
 from ape_integrations.core.errors import ConfigError
-from ape_integrations.langchain import engine as engine_module
 from tests.langchain.helpers import (
     QUESTIONS,
     TEXTS,
@@ -55,7 +55,7 @@ def test_prompt_without_documents_is_answered_as_by_transformers() -> None:
 def test_nothing_is_loaded_before_the_first_call() -> None:
     chat = ChatAPE(model="/no/such/model", max_tokens=5)
     chat.bind(stop=["x"])
-    with pytest.raises(ConfigError, match="/no/such/model cannot be loaded"):
+    with pytest.raises(ConfigError, match="Cannot load '/no/such/model'"):
         chat.invoke("Hello")
 
 
@@ -87,8 +87,8 @@ def test_models_of_one_path_share_one_generator_while_somebody_holds_it(saved_mo
 def test_no_model_is_the_bundled_one_and_that_is_said_once(
     caplog: pytest.LogCaptureFixture, saved_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "demo_model_path", lambda: saved_model)
-    engine_module._demo_told.clear()
+    monkeypatch.setattr(loading, "demo_model_path", lambda: saved_model)
+    loading._told.clear()
     stores = [MemoryKVStore(), MemoryKVStore()]
     chats = [ChatAPE(store=store, max_tokens=2) for store in stores]
     names = [chat.invoke(HELLO).response_metadata["model_name"] for chat in chats]
