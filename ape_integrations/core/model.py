@@ -107,6 +107,11 @@ def check_supported(model: Any) -> None:
             f"{name} does not use transformers' attention interface, so APE attention cannot be "
             f"plugged in. {_INSTEAD}"
         )
+    if any(hasattr(module, "kv_b_proj") for module in base.modules()):
+        raise UnsupportedModelError(
+            f"{name} has multi-head latent attention, which keeps compressed states and expands "
+            f"them before its attention function. {_INSTEAD}"
+        )
     if not _is_causal(base, text):
         raise UnsupportedModelError(
             f"{name} attends in both directions, so no token's states could be kept for later "
@@ -135,11 +140,6 @@ def _check_layers(name: str, text: PretrainedConfig, stateful: bool) -> None:
         raise UnsupportedModelError(
             f"{name} attends within fixed chunks of positions, which contexts that share "
             f"positions would break. {_INSTEAD}"
-        )
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{name} has multi-head latent attention, which keeps compressed states and expands "
-            f"them before its attention function. {_INSTEAD}"
         )
     other = sorted(kinds - _SERVED_LAYERS)
     if other:

@@ -10,11 +10,12 @@ asked about any of them.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -104,8 +105,8 @@ def register(original: str) -> str:
     name = f"observed_{original}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         masks = ALL_MASK_ATTENTION_FUNCTIONS[original]
-        AttentionInterface.register(name, partial(_observe_attention, fallback=original))
-        AttentionMaskInterface.register(name, partial(_observe_mask, fallback=masks))
+        AttentionInterface.register(name, functools.partial(_observe_attention, fallback=original))
+        AttentionMaskInterface.register(name, functools.partial(_observe_mask, fallback=masks))
     return name
 
 
@@ -227,13 +228,29 @@ def _as_expected(call: LayerCall, longest: int) -> bool:
     queries, keys = _positions(call.window, longest)
     zero = torch.zeros_like(queries)
     try:
-        visible = torch.as_tensor(call.rule(zero, zero, queries, keys))
+        visible = torch.as_tensor(_ask(call.rule, zero, zero, queries, keys))
     except (IndexError, RuntimeError):  # a rule that looks at the tokens, not at their positions
         return False
     expected = keys <= queries
     if call.window is not None:
         expected &= keys > queries - call.window
     return bool((visible == expected).all())
+
+
+def _ask(rule: MaskFunction, *indices: Tensor) -> Tensor:
+    """Ask a rule, leaving out blocks of picture tokens where a text has none.
+
+    Such blocks are kept by token, so that they cannot be asked about positions that the text does
+    not have; the rules that they are combined with can.
+    """
+    name, inner = rule.__qualname__, inspect.getclosurevars(rule).nonlocals
+    if name.startswith(("or_masks.", "and_masks.")):
+        answers = [_ask(each, *indices) for each in inner["mask_functions"]]
+        combine = torch.logical_or if name.startswith("or_") else torch.logical_and
+        return functools.reduce(combine, map(torch.as_tensor, answers))
+    if name.startswith("blockwise_overlay.") and bool((inner["block_sequence_ids"] < 0).all()):
+        return torch.zeros_like(indices[-1], dtype=torch.bool)
+    return rule(*indices)
 
 
 def _positions(window: int | None, longest: int) -> tuple[Tensor, Tensor]:

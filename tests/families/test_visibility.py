@@ -27,6 +27,14 @@ RULES = {
     "pictures in both directions": masking_utils.or_masks(
         masking_utils.causal_mask_function, masking_utils.blockwise_overlay(torch.zeros(1, 8))
     ),
+    "window without pictures": masking_utils.or_masks(
+        masking_utils.sliding_window_causal_mask_function(4096),
+        masking_utils.blockwise_overlay(torch.full((1, 8), -1)),
+    ),
+    "chunks without pictures": masking_utils.or_masks(
+        masking_utils.chunked_causal_mask_function(8192, NEVER),
+        masking_utils.blockwise_overlay(torch.full((1, 8), -1)),
+    ),
 }
 
 
@@ -41,7 +49,9 @@ def check(rule: str, window: int | None, config: Any = Config, **changes: Any) -
     check_visibility("AModel", [call], config, "Use another.")
 
 
-@pytest.mark.parametrize(("rule", "window"), [("causal", None), ("window", 4096)])
+@pytest.mark.parametrize(
+    ("rule", "window"), [("causal", None), ("window", 4096), ("window without pictures", 4096)]
+)
 def test_mask_that_the_attention_function_knows_is_served(rule: str, window: int | None) -> None:
     check(rule, window)
 
@@ -58,6 +68,8 @@ def test_mask_that_the_attention_function_knows_is_served(rule: str, window: int
         ("both directions", None),
         ("window in both directions", 4096),
         ("pictures in both directions", None),
+        ("window without pictures", None),
+        ("chunks without pictures", None),
     ],
 )
 def test_mask_by_another_rule_is_refused(rule: str, window: int | None) -> None:
