@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ape_integrations.core.generator import APEGenerator
     from ape_integrations.langchain import APEDocumentCompressor, APELanguageModel, ChatAPE
     from ape_integrations.llama_index import APELLM, APECacheWarmer, APENodePostprocessor
-    from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
+    from ape_integrations.store import DiskKVStore, MemoryKVStore, RedisKVStore, TieredKVStore
 
 _HOMES = {
     "APEConfig": "ape_integrations.core.config",
@@ -33,6 +33,7 @@ _HOMES = {
     "APELanguageModel": "ape_integrations.langchain",
     "APEDocumentCompressor": "ape_integrations.langchain",
     "DiskKVStore": "ape_integrations.store",
+    "RedisKVStore": "ape_integrations.store",
     "MemoryKVStore": "ape_integrations.store",
     "TieredKVStore": "ape_integrations.store",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "GenerationResult",
     "GenerationStream",
     "MemoryKVStore",
+    "RedisKVStore",
     "TieredKVStore",
     "__version__",
 ]

@@ -204,6 +204,8 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
             tag_index=0,
             size_limit=2**62,
             disk_min_file_size=0,
+            # A mapped database that is cut short would end the process instead of a query.
+            sqlite_mmap_size=0,
         )
         for statement in CREATE_TABLES:
             self._sql_retry(statement)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from store_helpers import make_states, same, spec_of
@@ -18,50 +15,12 @@ from ape_integrations.core.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, RedisKVStore, TieredKVStore
 from ape_integrations.store import redis as redis_module
 from ape_integrations.store.serialization import entry_nbytes
+from tests.redis_server import Server
 
 pytest.importorskip("redis", reason="redis-py is not installed")
 
 SPEC = spec_of()
 ENTRY = entry_nbytes("v1//auto/0", SPEC)
-
-
-class Server:
-    def __init__(self, directory: Path) -> None:
-        self.program = shutil.which("redis-server") or shutil.which("valkey-server")
-        if self.program is None:
-            pytest.skip("neither redis-server nor valkey-server is installed")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.directory, self.process = directory, None
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self.process = subprocess.Popen(
-            [*command, "--dir", str(self.directory)], stdout=subprocess.DEVNULL
-        )
-        client = self.client()
-        for _ in range(200):
-            try:
-                client.ping()
-                return
-            except OSError:
-                time.sleep(0.02)
-            except Exception:
-                time.sleep(0.02)
-        raise RuntimeError("the server does not answer")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(30)
-            self.process = None
-
-    def client(self):
-        import redis
-
-        return redis.Redis.from_url(self.url)
 
 
 @pytest.fixture(scope="module")
