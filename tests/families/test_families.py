@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ape_integrations.core.config import APEConfig
+from ape_integrations.core.decoding import ContextDrafts
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.store import MemoryKVStore
@@ -115,6 +116,35 @@ def test_decoding_equals_brute_force(title: str) -> None:
     expected, logits = reference_greedy(generator.model, PREFIX, CONTEXTS, QUERY, T, S, STEPS)
     assert tokens == expected
     close(rows, logits)
+
+
+def test_drafted_tokens_are_verified_exactly(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right and wrong guesses, read several at a time, past the window: the same tokens."""
+    prompt = PreparedPrompt(PREFIX, CONTEXTS, QUERY)
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": -1}
+    plain = attached(model_of(title), draft_tokens=0, self_check=False)
+    expected = plain.generate_ids(prompt, **settings).token_ids
+    proposals = []
+
+    def propose(_: ContextDrafts, new: list[int]) -> list[int]:
+        proposals.append([*expected[len(new) : len(new) + 3], 5])
+        return proposals[-1]
+
+    monkeypatch.setattr(ContextDrafts, "propose", propose)
+    drafting = attached(model_of(title), self_check=False)
+    assert drafting.generate_ids(prompt, **settings).token_ids == expected
+    # Several tokens a step, or the guesses were not used.
+    assert 2 <= len(proposals) <= 4
+
+
+def test_batch_gives_each_query_its_own_answer(title: str) -> None:
+    """Queries of unequal length over the same contexts, padded to the left."""
+    generator = attached(model_of(title), self_check=False)
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": -1}
+    prompts = [PreparedPrompt(PREFIX, CONTEXTS, ids(seed, seed)) for seed in (9, 2, 5)]
+    alone = [generator.generate_ids(prompt, **settings).token_ids for prompt in prompts]
+    together = generator.generate_batch_ids(prompts, **settings)
+    assert [result.token_ids for result in together] == alone
 
 
 def test_one_context_equals_sequential_generation(title: str) -> None:
