@@ -150,8 +150,8 @@ Whether a model is served is decided by what it does, not by its name: its layer
 key/value states, hand them to transformers' attention interface, and mask them by position (every
 earlier token, or those within a sliding window). When a model is attached, the package reads the
 rules behind its masks and compares a dozen tokens behind a cached context with the model's own
-logits; a model that differs is refused with `UnsupportedModelError` and left as it was. So a family
-that is not listed here works, or says why not.
+logits; a model that differs is refused with `UnsupportedModelError` and left as it was. A family
+that is not listed here is held to the same checks.
 
 The tables say what was tested, with tiny random models of {count} kinds on CPU
 ({versions}):
