@@ -12,9 +12,9 @@ from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from transformers import StoppingCriteria
 
+from ape_integrations.core.asynchronous import iterate, run_generation, stopped_by
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
-from ape_integrations.langchain.concurrency import iterate, run_generation, stopped_by
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 
 

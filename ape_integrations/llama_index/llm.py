@@ -26,11 +26,11 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.types import BaseOutputParser, PydanticProgramMode
 
+from ape_integrations.core.asynchronous import run_generation, stopped_by
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.errors import ConfigError
 from ape_integrations.llama_index import capture as capturing
 from ape_integrations.llama_index.arguments import generation_arguments
-from ape_integrations.llama_index.asynchronous import in_thread
 from ape_integrations.llama_index.lazy import LazyGenerator, Pipeline, Source
 from ape_integrations.llama_index.messages import TemplateRenderer, with_system_prompt
 from ape_integrations.llama_index.responses import (
@@ -366,10 +366,7 @@ class APELLM(CustomLLM):
     # Generation -----------------------------------------------------------------------------------
 
     def _generate(self, prompt: str, kwargs: dict[str, Any], *criteria: Any) -> GenerationResult:
-        arguments = self._arguments(kwargs)
-        if criteria:
-            own = list(arguments.get("stopping_criteria") or [])
-            arguments["stopping_criteria"] = [*own, *criteria]
+        arguments = stopped_by(self._arguments(kwargs), *criteria)
         parts = self._lazy.split(prompt)
         return self.generator.generate(parts.prefix, parts.contexts, parts.query, **arguments)
 
@@ -426,7 +423,7 @@ class APELLM(CustomLLM):
     ) -> CompletionResponse:
         """Complete a prompt; cancelling the task stops the model."""
         return completion(
-            await in_thread(
+            await run_generation(
                 lambda stop: self._generate(self.render_completion(prompt, formatted), kwargs, stop)
             )
         )
@@ -436,7 +433,7 @@ class APELLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Complete a prompt piece by piece; closing the generator stops the model."""
-        stream = await in_thread(
+        stream = await run_generation(
             lambda _: self._open(self.render_completion(prompt, formatted), kwargs)
         )
         return aread(stream, completion_piece, completion)
@@ -445,7 +442,7 @@ class APELLM(CustomLLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; cancelling the task stops the model."""
         return chat_answer(
-            await in_thread(
+            await run_generation(
                 lambda stop: self._generate(self.render_messages(messages), kwargs, stop)
             )
         )
@@ -455,7 +452,7 @@ class APELLM(CustomLLM):
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece; closing the generator stops the model."""
-        stream = await in_thread(lambda _: self._open(self.render_messages(messages), kwargs))
+        stream = await run_generation(lambda _: self._open(self.render_messages(messages), kwargs))
         return aread(stream, chat_piece, chat_answer)
 
 

@@ -13,7 +13,7 @@ from llama_index.core.base.llms.types import (
     MessageRole,
 )
 
-from ape_integrations.llama_index.asynchronous import pieces
+from ape_integrations.core.asynchronous import iterate
 
 if TYPE_CHECKING:
     from ape_integrations.core.generation import GenerationResult, GenerationStream
@@ -60,7 +60,7 @@ async def aread(
 ) -> AsyncGenerator[R, None]:
     """As `read`, without blocking the event loop."""
     text = ""
-    async with aclosing(pieces(stream)) as deltas:
+    async with aclosing(iterate(stream)) as deltas:
         async for delta in deltas:
             text += delta
             yield piece(text, delta)
