@@ -1,7 +1,8 @@
 """Write docs/models.md from what the tests of model families actually ran.
 
 Usage: ``python tools/support_matrix.py`` runs ``tests/families`` and rewrites the page;
-``--results FILE`` takes a JUnit file of an earlier run (``pytest tests/families --junitxml FILE``).
+``--results FILE`` takes the JUnit file of an earlier run instead (``pytest tests/families
+-o junit_family=xunit1 --junitxml FILE``).
 """
 
 from __future__ import annotations
@@ -200,7 +201,8 @@ def main() -> None:
             results = Path(folder) / "results.xml"
             command = [sys.executable, "-m", "pytest", "-q", "tests/families"]
             # The page that is about to be written is not among the evidence for it.
-            command += ["--ignore=tests/families/test_support_matrix.py", f"--junitxml={results}"]
+            command += ["--ignore=tests/families/test_support_matrix.py"]
+            command += ["-o", "junit_family=xunit1", f"--junitxml={results}"]
             subprocess.run(command, cwd=ROOT, check=False)
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(render(read(results)), encoding="utf-8")

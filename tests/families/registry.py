@@ -257,7 +257,7 @@ _SERVED = [
     Family("GPT-2", "GPT2Config", special="learned absolute positions"),
     Family("OPT", "OPTConfig", {"word_embed_proj_dim": 48}, "learned absolute positions"),
     Family("GPT-BigCode, StarCoder", "GPTBigCodeConfig", special="MQA, learned positions"),
-    Family("Nemotron", "NemotronConfig", special="partial rotary"),
+    Family("Nemotron", "NemotronConfig", {"initializer_range": 0.2}, "partial rotary"),
     Family(
         "EXAONE 4",
         "Exaone4Config",
