@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint stress bench clean
+.PHONY: demo test lint stress bench models clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart_llamaindex.py
@@ -22,6 +22,9 @@ stress: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/ape-integrations bench
+
+models: $(VENV)/.installed
+	$(BIN)/python tools/support_matrix.py
 
 # torch comes first: an installed version is kept, whatever a later range would admit.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -13,16 +13,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ape_integrations.core.config import APEConfig
-    from ape_integrations.core.errors import APEError
     from ape_integrations.core.generation import GenerationResult, GenerationStream
     from ape_integrations.core.generator import APEGenerator
+    from ape_integrations.errors import APEError
     from ape_integrations.langchain import APEDocumentCompressor, APELanguageModel, ChatAPE
     from ape_integrations.llama_index import APELLM, APECacheWarmer, APENodePostprocessor
     from ape_integrations.store import DiskKVStore, MemoryKVStore, RedisKVStore, TieredKVStore
 
 _HOMES = {
     "APEConfig": "ape_integrations.core.config",
-    "APEError": "ape_integrations.core.errors",
+    "APEError": "ape_integrations.errors",
     "APEGenerator": "ape_integrations.core.generator",
     "GenerationResult": "ape_integrations.core.generation",
     "GenerationStream": "ape_integrations.core.generation",

@@ -44,7 +44,7 @@ from rich.rule import Rule
 from transformers.utils.logging import disable_progress_bar
 
 from ape_integrations import ChatAPE
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 with warnings.catch_warnings():
     # The package announces its end; its BM25 is still the one without a service or a vector.

@@ -14,7 +14,7 @@ import torch
 from ape_integrations.benchmark.report import print_table, save_plot
 from ape_integrations.benchmark.runner import MODES, Benchmark, Workload
 from ape_integrations.benchmark.shapes import SHAPES, random_model
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ape_integrations.core.errors import MissingDependencyError
+from ape_integrations.errors import MissingDependencyError
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 #: Llama-architecture shapes by name; weights are random, so only times mean anything.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import typer
 
-from ape_integrations.core.errors import APEError
+from ape_integrations.errors import APEError
 
 MODULES = (
     "ape_integrations.cli.show",

@@ -15,7 +15,7 @@ from ape_integrations.cli.options import (
     parse_duration,
     print_json,
 )
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ape_integrations.cli.options import AsJson, print_json, print_table
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:

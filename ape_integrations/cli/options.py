@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from ape_integrations.store import DiskKVStore

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ape_integrations.core.errors import UnsupportedModelError
+from ape_integrations.errors import UnsupportedModelError
 
 #: Keys that the plain implementation upcasts at a time; bounds its memory.
 PLAIN_BLOCK = 4096

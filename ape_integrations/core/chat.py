@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.messages import (
     Abilities,
     Message,
@@ -21,6 +20,7 @@ from ape_integrations.core.messages import (
     with_short_ids,
     without_tools,
 )
+from ape_integrations.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

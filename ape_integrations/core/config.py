@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 
 @dataclass(frozen=True)

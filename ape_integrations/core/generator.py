@@ -29,7 +29,6 @@ from ape_integrations.core.config import APEConfig
 from ape_integrations.core.context_sets import ContextSet, ContextSetPool
 from ape_integrations.core.decoding import ContextDrafts, decode
 from ape_integrations.core.encoder import ContextEncoder
-from ape_integrations.core.errors import ConfigError, UnsupportedModelError
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generation import (
     GenerationResult,
@@ -48,6 +47,7 @@ from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tails import TailMemory
 from ape_integrations.core.tokens import Tokens
+from ape_integrations.errors import ConfigError, UnsupportedModelError
 from ape_integrations.store import KVStore, open_store
 
 

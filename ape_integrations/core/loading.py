@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ape_integrations.core.errors import APEError, ConfigError
+from ape_integrations.errors import APEError, ConfigError
 from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 
 logger = logging.getLogger(__name__)

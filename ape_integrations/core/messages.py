@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.guard import guarded
+from ape_integrations.errors import ConfigError
 
 Message = dict[str, Any]
 

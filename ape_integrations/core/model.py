@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ape_integrations.core import attention, visibility
-from ape_integrations.core.errors import UnsupportedModelError
+from ape_integrations.errors import UnsupportedModelError
 from ape_integrations.store.base import KVSpec, LayerSpec
 
 _INSTEAD = (

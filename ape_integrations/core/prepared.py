@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from ape_integrations.core.cache import ContextLayout
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import ConfigError, ContextWindowError
 from ape_integrations.core.tokens import Tokens
+from ape_integrations.errors import ConfigError, ContextWindowError
 
 
 @dataclass(frozen=True)

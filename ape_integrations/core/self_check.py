@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.encoder import ContextEncoder
-from ape_integrations.core.errors import UnsupportedModelError
 from ape_integrations.core.model import ModelInfo, embeddings
+from ape_integrations.errors import UnsupportedModelError
 
 _LENGTHS = (3, 5, 4)
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generation import SeededSampler
+from ape_integrations.errors import ConfigError
 
 #: Arguments of ``model.generate()`` that describe the prompt, which the generator owns.
 _OWNED = (

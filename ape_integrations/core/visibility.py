@@ -29,7 +29,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ape_integrations.core.attention import fallback_forward
-from ape_integrations.core.errors import UnsupportedModelError
+from ape_integrations.errors import UnsupportedModelError
 
 #: Arguments of attention functions that APE attention heeds.
 _HEEDED = {"scaling", "softcap", "sliding_window", "s_aux"}

@@ -6,7 +6,7 @@ come from the store instead of a forward pass.
 
 from __future__ import annotations
 
-from ape_integrations.core.errors import MissingDependencyError
+from ape_integrations.errors import MissingDependencyError
 
 try:
     import langchain_core  # noqa: F401

@@ -23,9 +23,9 @@ from transformers import StoppingCriteria
 
 from ape_integrations.core.asynchronous import iterate, run_generation, stopped_by
 from ape_integrations.core.chat import render_chat
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import ConfigError
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
 from ape_integrations.langchain.messages import documents_in, to_template_messages
 from ape_integrations.langchain.settings import APESettings, metadata, usage

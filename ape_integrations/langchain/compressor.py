@@ -18,7 +18,7 @@ from langchain_core.runnables import RunnableBinding
 from pydantic import ConfigDict, field_validator
 from tqdm.auto import tqdm
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.chat_model import ChatAPE
 from ape_integrations.langchain.settings import APESettings
 

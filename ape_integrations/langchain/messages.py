@@ -16,7 +16,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 #: Parts of a model's own message that are no text to repeat: calls stand in ``tool_calls``.
 _NOT_REPEATED = frozenset({"tool_call", "tool_use", "tool_call_chunk", "reasoning", "thinking"})

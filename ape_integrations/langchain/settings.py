@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import GenerationConfig
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generation import GenerationResult
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.engine import Engine, EngineSettings, LoadedModel, acquire
 from ape_integrations.models import DEMO_MODEL_NAME
 

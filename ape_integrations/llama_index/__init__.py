@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ape_integrations.core.errors import MissingDependencyError
+from ape_integrations.errors import MissingDependencyError
 
 try:
     import llama_index.core  # noqa: F401  (only to see whether it is installed)

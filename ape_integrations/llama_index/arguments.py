@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.loading import bundled_model, clear_loading_errors, usable_device_map
 from ape_integrations.core.prompt import PromptParts
+from ape_integrations.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

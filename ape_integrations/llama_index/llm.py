@@ -28,7 +28,7 @@ from llama_index.core.types import BaseOutputParser, PydanticProgramMode
 
 from ape_integrations.core.asynchronous import run_generation, stopped_by
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import capture as capturing
 from ape_integrations.llama_index.arguments import generation_arguments
 from ape_integrations.llama_index.lazy import LazyGenerator, Pipeline, Source

@@ -16,7 +16,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from ape_integrations.core.chat import render_chat
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

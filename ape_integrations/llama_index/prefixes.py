@@ -11,7 +11,7 @@ from llama_index.core.prompts import BasePromptTemplate, SelectorPromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptMixin
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 if TYPE_CHECKING:
     from ape_integrations.llama_index.llm import APELLM

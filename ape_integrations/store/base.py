@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 Destination = Sequence[tuple[Tensor, Tensor]]
 """Per layer a key and a value slice on the CPU, contiguous, ``(length, kv_heads, head_dim)``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ape_integrations.core.errors import StoreError
+from ape_integrations.errors import StoreError
 
 INDEX_FILE = "cache.db"
 

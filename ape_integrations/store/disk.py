@@ -15,7 +15,7 @@ from pathlib import Path
 
 import diskcache
 
-from ape_integrations.core.errors import StoreError
+from ape_integrations.errors import StoreError
 from ape_integrations.store.at_exit import call_at_exit
 from ape_integrations.store.base import (
     Destination,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.store import serialization
 from ape_integrations.store.quantization import check_kv_dtype
 

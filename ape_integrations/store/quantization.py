@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 _STORED: dict[str, torch.dtype | None] = {
     "auto": None,

@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 from typing import cast
 
-from ape_integrations.core.errors import StoreError
+from ape_integrations.errors import StoreError
 from ape_integrations.store.directory import INDEX_FILE, is_writable
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryIndex, ReadOnlyIndex

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ape_integrations.core.errors import ConfigError, MissingDependencyError
+from ape_integrations.errors import ConfigError, MissingDependencyError
 from ape_integrations.store import redis_scripts
 from ape_integrations.store.base import (
     Destination,

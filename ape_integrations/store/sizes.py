@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

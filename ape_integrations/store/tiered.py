@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.store.base import (
     Destination,
     KVSpec,

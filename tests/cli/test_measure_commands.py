@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from ape_integrations.benchmark.runner import MODES
 from ape_integrations.cli import app
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 
 SMALL = ["bench", "--shape", "tiny", "--context-tokens", "32", "--new-tokens", "3", "--json"]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ape_integrations.cli import app, main
 from ape_integrations.cli.options import parse_duration
-from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store import DiskKVStore, KVStates
 
 COMMAND = [sys.executable, "-m", "ape_integrations.cli"]

@@ -15,8 +15,8 @@ from ape_integrations.core.chat import (
     template_special_tokens,
     turn_markers,
 )
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.guard import unguarded
+from ape_integrations.errors import ConfigError
 
 from .chat_templates import FAMILIES, chat_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.decoding import ContextDrafts
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.prepared import PreparedPrompt
+from ape_integrations.errors import ConfigError
 from ape_integrations.store import MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
 

@@ -24,8 +24,8 @@ from transformers import (
 
 from ape_integrations.core import attention
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.store import MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import UnsupportedModelError
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import UnsupportedModelError
 from ape_integrations.store import MemoryKVStore
 from tests.families.registry import REFUSED
 from tests.models import byte_tokenizer

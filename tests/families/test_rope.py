@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from ape_integrations.core.errors import ContextWindowError
 from ape_integrations.core.model import max_positions
+from ape_integrations.errors import ContextWindowError
 from tests.families.registry import SHAPE
 from tests.families.test_families import (
     CONTEXTS,

@@ -12,8 +12,8 @@ from transformers import masking_utils
 
 from ape_integrations.core.attention import partitioned_attention
 from ape_integrations.core.cache import APECacheLayer, ContextLayout
-from ape_integrations.core.errors import UnsupportedModelError
 from ape_integrations.core.visibility import LayerCall, check_visibility
+from ape_integrations.errors import UnsupportedModelError
 from tests.families.registry import SERVED, model_of
 from tests.families.test_families import CONTEXTS, PREFIX, QUERY, attached, ids
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.errors import UnsupportedModelError
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import UnsupportedModelError
 from ape_integrations.store import MemoryKVStore
 from tests.families.registry import SERVED, model_of
 from tests.families.test_families import (

@@ -18,7 +18,7 @@ from langchain_core.runnables import ConfigurableField
 
 from ape_integrations import APEConfig, APEGenerator, ChatAPE, MemoryKVStore
 from ape_integrations.core import loading
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from tests.langchain.helpers import (
     QUESTIONS,
     TEXTS,

@@ -12,7 +12,7 @@ for name in list(sys.modules):
 sys.modules["langchain_core"] = None
 import ape_integrations
 assert "torch" not in sys.modules
-from ape_integrations.core.errors import MissingDependencyError
+from ape_integrations.errors import MissingDependencyError
 for name in ("ChatAPE", "APEDocumentCompressor", "APELanguageModel"):
     try:
         getattr(ape_integrations, name)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from ape_integrations import ChatAPE
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.tools import ToolCallFilter, parse_tool_calls, tool_format
 from tests.langchain.helpers import Script, loaded_tokenizer, searching_chat, tiny_chat
 

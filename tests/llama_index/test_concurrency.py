@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from llama_index.core.query_engine import RetrieverQueryEngine
 
-from ape_integrations.core.errors import ContextWindowError
+from ape_integrations.errors import ContextWindowError
 from ape_integrations.llama_index import APELLM
 from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, make_nodes, user
 

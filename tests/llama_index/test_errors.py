@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ape_integrations.core.errors import (
+from ape_integrations.errors import (
     APEError,
     ConfigError,
     ContextWindowError,

@@ -13,8 +13,8 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRol
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 
-from ape_integrations.core.errors import ConfigError
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import APELLM
 from ape_integrations.store import MemoryKVStore
 from tests.llama_index.conftest import TEXTS, Calls, entries, user

@@ -18,7 +18,7 @@ from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import APELLM, APECacheWarmer
 from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, entries, make_nodes, user
 

@@ -22,7 +22,7 @@ from store_helpers import (
     spec_of,
 )
 
-from ape_integrations.core.errors import ConfigError, StoreError
+from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store import DiskKVStore, open_store
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryDisk

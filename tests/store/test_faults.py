@@ -21,7 +21,7 @@ from store_helpers import (
     spec_of,
 )
 
-from ape_integrations.core.errors import StoreError
+from ape_integrations.errors import StoreError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore, serialization
 from ape_integrations.store.serialization import entry_nbytes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from store_helpers import make_states, same, spec_of
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.store import KVStates, MemoryKVStore
 
 ENTRY = make_states().nbytes

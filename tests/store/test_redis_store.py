@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from store_helpers import make_states, same, spec_of
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, RedisKVStore, TieredKVStore
 from ape_integrations.store import redis as redis_module
 from ape_integrations.store.serialization import entry_nbytes

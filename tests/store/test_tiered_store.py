@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from store_helpers import SPAWN, fill_store, make_states, put_and_return, same, spec_of
 
-from ape_integrations.core.errors import ConfigError
+from ape_integrations.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
 from ape_integrations.store.serialization import entry_nbytes
 from ape_integrations.store.write_back import WriteBack
