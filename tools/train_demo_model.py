@@ -250,7 +250,7 @@ def _dialogue(world: w.World, count: int, questions: int) -> w.Task:
         turns.append(turn)
         if len(turns) == min(questions, facts):
             break
-    return w.Task([document.text for document in documents], turns)
+    return w.Task([d.text for d in documents], turns or [world.single(documents)])
 
 
 def _draw_turn(world: w.World, documents: list[w.Document], turns: list[w.Turn]) -> w.Turn | None:
@@ -278,7 +278,13 @@ def single_turn(count: tuple[int, int]) -> Callable[[Builder, str], Sample]:
 def draw_few_shot(builder: Builder, split: str) -> Sample:
     """Show labelled words and one without label."""
     world = w.World(builder.rng.getrandbits(32), split)
-    return builder.task(world.few_shot(builder.rng.randint(4, 16)), "few_shot")
+    sample = builder.task(world.few_shot(builder.rng.randint(4, 16)), "few_shot")
+    if split == "train":  # the examples' own labels, most of which can be inferred, count as well
+        label, colon = builder.encode("Label:")
+        for position in range(2, len(sample.ids)):
+            if sample.ids[position - 2 : position] == [label, colon]:
+                sample.answer[position] = sample.ids[position] != builder.end
+    return sample
 
 
 def mixture(
@@ -302,8 +308,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "prompts",
         mixture(
-            (0.65, dialogue((2, 7), (6, 12))),
-            (0.27, single_turn((1, 6))),
+            (0.5, dialogue((2, 7), (6, 12))),
+            (0.42, single_turn((1, 6))),
             (0.08, draw_few_shot),
         ),
         0.96,
@@ -313,13 +319,13 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "long",
         mixture(
-            (0.45, dialogue((2, 10), (8, 14))),
-            (0.10, dialogue((10, 32), (10, 20))),
-            (0.37, single_turn((1, 14))),
+            (0.40, dialogue((2, 9), (8, 14))),
+            (0.08, dialogue((9, 32), (10, 20))),
+            (0.44, single_turn((1, 14))),
             (0.08, draw_few_shot),
         ),
         1.01,
-        2400,
+        6200,
         1.2e-3,
     ),
 )
