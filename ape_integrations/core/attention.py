@@ -28,6 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ape_integrations.errors import UnsupportedModelError
 
+#: Pieces into which keys are split for a query of at most so many rows, from so many keys on.
+SPLITS, SPLIT_ROWS, SPLIT_FROM = 16, 32, 1024
+
 #: Keys that the plain implementation upcasts at a time; bounds its memory.
 PLAIN_BLOCK = 4096
 
@@ -328,6 +331,8 @@ def _kernel(
     kernel = _fused_kernel(rows, values, softcap, masked=mask is not None, grouped=False)
     if kernel is None:
         return _plain(rows, keys, values, scale, softcap, mask)
+    if kernel is _flash_cpu and mask is None and _few_rows(rows, keys):
+        return _split_keys(rows, keys, values, scale)
     output, lse = kernel(rows, keys, values, scale, mask, False)
     if mask is not None:
         # Fused kernels leave rows that see nothing undefined.
@@ -365,6 +370,37 @@ def _fused_kernel(
         if (half or query.dtype == torch.float32) and not grouped and head_dim % 8 == 0:
             return _efficient_cuda
     return None
+
+
+def _few_rows(rows: Tensor, keys: Tensor) -> bool:
+    """Say whether a query has so few rows that the CPU kernel's threads would go idle."""
+    return keys.shape[0] == 1 and rows.shape[2] <= SPLIT_ROWS and keys.shape[2] >= SPLIT_FROM
+
+
+def _split_keys(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
+    """Attend to pieces of the keys side by side, and merge them by LSE.
+
+    The CPU kernel shares out work by heads and query rows alone; decoding has few of both.
+    """
+    length = keys.shape[2] // SPLITS
+    whole = SPLITS * length
+
+    def pieces(states: Tensor) -> Tensor:
+        return states[0, :, :whole].unflatten(1, (SPLITS, length)).transpose(0, 1)
+
+    partials = [
+        _flash_cpu(
+            rows.expand(SPLITS, -1, -1, -1), pieces(keys), pieces(values), scale, None, False
+        )
+    ]
+    if whole < keys.shape[2]:
+        rest = (keys[:, :, whole:], values[:, :, whole:])
+        partials.append(_flash_cpu(rows, *rest, scale, None, False))
+    lse = torch.cat([part.lse for part in partials])
+    output = torch.cat([part.output for part in partials])
+    total = lse.logsumexp(dim=0, keepdim=True)
+    weights = (lse - total).exp().unsqueeze(-1)
+    return Partial((output * weights).sum(dim=0, keepdim=True), total)
 
 
 def _flash_cpu(

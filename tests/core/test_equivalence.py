@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from ape_integrations.core.attention import partitioned_attention
+from ape_integrations.core.attention import (
+    SPLIT_FROM,
+    PartitionedStates,
+    partitioned_attention,
+)
 from ape_integrations.core.cache import APECacheLayer, ContextLayout
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
@@ -176,3 +182,44 @@ def test_plain_and_fused_attention_agree(
         "bhij,bjhd->bhid", weights, values.repeat_interleave(heads // kv_heads, 2)
     )
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [SPLIT_FROM, SPLIT_FROM + 7, 3000])
+def test_split_keys_equal_one_softmax(total: int, dtype: torch.dtype) -> None:
+    """Long contexts are read in pieces while decoding, batch items and groups of heads alike."""
+    torch.manual_seed(2)
+    heads, kv_heads, dim, batch, prefix = 6, 2, 8, 3, 4
+    layout = ContextLayout(prefix, (total - 100, 100))
+    states = [torch.randn(n, kv_heads, dim, dtype=dtype) for n in (prefix, prefix, total, total)]
+    layer = APECacheLayer(layout, (states[0], states[1]), (states[2], states[3]), 0.8, 1.1)
+    parts, _ = layer.update(
+        torch.randn(batch, kv_heads, 1, dim, dtype=dtype),
+        torch.randn(batch, kv_heads, 1, dim, dtype=dtype),
+    )
+    query = torch.randn(batch, heads, 1, dim, dtype=dtype)
+    output = partitioned_attention(query, parts, scaling=1.0)
+    whole = dataclasses.replace(parts, contexts=None)
+    keys = states[2].double().repeat_interleave(heads // kv_heads, 1)
+    logits = torch.einsum("bhid,jhd->bhij", query.double(), keys) / 0.8
+    lse = logits.logsumexp(-1)
+    contexts = torch.einsum(
+        "bhij,jhd->bhid", logits.softmax(-1), states[3].double().repeat_interleave(3, 1)
+    )
+    rest = partitioned_attention(query.double(), _as_double(whole), scaling=1.0)
+    rest_keys = torch.cat([p.keys.double().expand(batch, -1, -1, -1) for p in parts.rest], 2)
+    rest_lse = torch.einsum(
+        "bhid,bhjd->bhij", query.double(), rest_keys.repeat_interleave(3, 1)
+    ).logsumexp(-1)
+    weight = (0.8 * 1.1 * lse - rest_lse).sigmoid().unsqueeze(-1)
+    expected = weight * contexts + (1 - weight) * rest
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0)
+
+
+def _as_double(states: PartitionedStates) -> PartitionedStates:
+    rest = [
+        dataclasses.replace(part, keys=part.keys.double(), values=part.values.double())
+        for part in states.rest
+    ]
+    return dataclasses.replace(states, rest=rest)
