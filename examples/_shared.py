@@ -68,22 +68,20 @@ def read_texts(folder: Path) -> dict[str, str]:
 
 
 def read_questions(arguments: argparse.Namespace) -> list[Question]:
-    """Return the questions of the command line, or some of every kind of the folder's."""
+    """Return the questions of the command line, or those of the folder.
+
+    By default these are the ones marked ``quickstart``, which the bundled model answers.
+    """
     if arguments.question:
         return [Question(text) for text in arguments.question]
     file = arguments.data / "questions.json"
     if not file.exists():
         raise SystemExit(f"Ask something with --question, or write {file}.")
-    loaded = [
-        Question(one["question"], one["answer"], one.get("history", []))
-        for one in json.loads(file.read_text(encoding="utf-8"))
+    loaded = json.loads(file.read_text(encoding="utf-8"))
+    marked = [one for one in loaded if arguments.all_questions or one.get("quickstart")]
+    return [
+        Question(one["question"], one["answer"], one.get("history", [])) for one in marked or loaded
     ]
-    talks = [question for question in loaded if question.history]
-    single = [question for question in loaded if not question.history]
-    wanted = arguments.questions
-    # They stand in groups, from easy to hard.
-    picked = sorted({i * len(single) // wanted for i in range(min(wanted, len(single)))})
-    return [*(single[i] for i in picked), *talks[: max(2, wanted // 4)]]
 
 
 def show(question: Question, sources: Sequence[str]) -> None:
@@ -171,8 +169,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--cache-dir", type=Path, help="the store (default: the user's cache)")
     parser.add_argument("--fresh", action="store_true", help="start with an empty store")
     parser.add_argument("--question", action="append", help="ask this (may be repeated)")
-    parser.add_argument("--questions", type=int, default=8, help="how many of questions.json")
-    parser.add_argument("--top-k", type=int, default=6, help="documents to retrieve")
+    parser.add_argument("--all-questions", action="store_true", help="ask all of questions.json")
+    parser.add_argument("--top-k", type=int, default=4, help="documents to retrieve")
     parser.add_argument("--chunk-size", type=int, default=512, help="tokens per document")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     return parser.parse_args()

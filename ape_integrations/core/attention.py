@@ -386,7 +386,8 @@ def _split_keys(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Par
     whole = SPLITS * length
 
     def pieces(states: Tensor) -> Tensor:
-        return states[0, :, :whole].unflatten(1, (SPLITS, length)).transpose(0, 1)
+        split: Tensor = states[0, :, :whole].unflatten(1, (SPLITS, length))  # type: ignore
+        return split.transpose(0, 1)
 
     partials = [
         _flash_cpu(

@@ -16,7 +16,7 @@ def test_quickstart_reuses_everything_the_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = EXAMPLES / "quickstart_langchain.py"
-    arguments = ["--questions", "2", "--max-new-tokens", "8", "--cache-dir", str(tmp_path)]
+    arguments = ["--max-new-tokens", "8", "--cache-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("COLUMNS", "100")
@@ -27,6 +27,7 @@ def test_quickstart_reuses_everything_the_second_time(
     # Hits of contexts: the last such pair of a line is that of the second time.
     rows = [re.findall(r"(\d+)/(\d+)", line) for line in output.splitlines()]
     second = [pairs[1] for pairs in rows if len(pairs) == 2]
-    assert len(second) == 6
+    assert len(second) >= 10
     assert all(hits == contexts != "0" for hits, contexts in second)
-    assert "6 of 6 answers are word for word" in re.sub(r"\s+", " ", output)
+    count = len(second)
+    assert f"{count} of {count} answers are word for word" in re.sub(r"\s+", " ", output)
