@@ -92,9 +92,10 @@ class ContextSetPool:
                 context_set.ready.wait()
                 if not context_set.layers:
                     # Its owner failed; do the work alone, unshared.
+                    with self._lock:
+                        own = self._new(total)
                     self._release(name, context_set)
-                    name = ()
-                    context_set, found = self._new(total), False
+                    name, context_set, found = (), own, False
                     self._fill(context_set, fill)
             yield context_set, found
         finally:

@@ -42,19 +42,27 @@ class ContextDrafts:
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        # A separator keeps drafts from running from one text into the next.
-        joined = [token for text in texts for token in (*text, -1)]
-        self._tokens = np.asarray(joined, dtype=np.int64)
+        self._texts = texts
         self._max_tokens = max_tokens
         self._length = max_tokens
+        self._indexed = False
+
+    def _index(self) -> None:
+        """Sort the texts' pairs of tokens; not before the first token is out."""
+        # A separator keeps drafts from running from one text into the next.
+        joined = [token for text in self._texts for token in (*text, -1)]
+        self._tokens = np.asarray(joined, dtype=np.int64)
         pairs = (self._tokens[:-1] << 32) + self._tokens[1:]
         self._order = np.argsort(pairs, kind="stable")
         self._pairs = pairs[self._order]
+        self._indexed = True
 
     def propose(self, ids: Sequence[int]) -> list[int]:
         """Return a guess of what follows ``ids``; empty where nothing agrees."""
         if len(ids) < _MATCH:
             return []
+        if not self._indexed:
+            self._index()
         pair = (ids[-2] << 32) + ids[-1]
         first, last = np.searchsorted(self._pairs, [pair, pair + 1])
         best, place = _MATCH - 1, -1

@@ -159,7 +159,7 @@ class TokenSink(StoppingCriteria):
         single: bool = True,
     ) -> None:
         self._rows = rows
-        self._seen = self._prompt_length = prompt_length
+        self._seen = prompt_length
         self._end_tokens = set(end_tokens)
         self._criteria = StoppingCriteriaList(criteria)
         self._on_text = on_text
