@@ -265,12 +265,17 @@ def _draw_turn(world: w.World, documents: list[w.Document], turns: list[w.Turn])
 
 
 def single_turn(count: tuple[int, int]) -> Callable[[Builder, str], Sample]:
-    """Ask one question in a prompt that has no history."""
+    """Ask one question in a prompt that has no history.
+
+    Prompts with the question before the documents, and with documents in a tool message, are the
+    hardest; they come twice as often.
+    """
+    styles = (*w.SINGLE_STYLES, "rag", "tool")
 
     def draw(builder: Builder, split: str) -> Sample:
         rng = builder.rng
         world = w.World(rng.getrandbits(32), split)
-        return builder.task(_dialogue(world, rng.randint(*count), 1), rng.choice(w.SINGLE_STYLES))
+        return builder.task(_dialogue(world, rng.randint(*count), 1), rng.choice(styles))
 
     return draw
 
@@ -545,8 +550,13 @@ class Trainer:
         stage = STAGES[self.stage]
         rate = stage.learning_rate * self.args.lr_scale * min(1.0, (self.steps_run + 1) / 100)
         if self.stage == len(STAGES) - 1:
-            rate *= max(0.02, 1.0 - self.step_in_stage / stage.steps)
+            rate *= max(0.02, 1.0 - self.step_in_stage / self.steps_of(stage))
         return rate
+
+    def steps_of(self, stage: Stage) -> int:
+        """Return after how many steps a stage ends; the last one's can be given."""
+        last = stage is STAGES[-1] and self.args.last_steps
+        return self.args.last_steps if last else stage.steps
 
     def run(self) -> None:
         """Train until the last stage is over, the time is up, or the stop stage is reached."""
@@ -578,7 +588,7 @@ class Trainer:
                 accuracy = answer_accuracy(self.model, stage, self.tokenizer, self.device)
                 self.report(stage, losses, accuracy)
                 losses = []
-                done = accuracy >= stage.target or self.step_in_stage >= stage.steps
+                done = accuracy >= stage.target or self.step_in_stage >= self.steps_of(stage)
                 if done:
                     self.stage += 1
                     self.step_in_stage = 0
@@ -618,6 +628,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--stage", type=int, help="begin at this stage")
     parser.add_argument("--stop-stage", type=int, default=len(STAGES), help="end after this stage")
+    parser.add_argument("--last-steps", type=int, default=0, help="steps of the last stage")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
