@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ape_integrations.errors import ConfigError
+
+Adaptation = Literal["fixed", "count"]
+ContextPositions = Literal["shared", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,17 @@ class APEConfig:
     adapt_single_context : bool
         Parallel encoding of one context *is* sequential encoding, so T = S = 1 is used there
         unless this is true.
+    recompute_ratio : float
+        Share of the context tokens in [0, 1] whose states are computed again with attention to
+        everything before them, contexts one after the other in the prompt's order, so that facts of
+        several contexts can be joined. 1 equals sequential encoding. 0 turns it off.
+    context_positions : {"shared", "sequential"}
+        Whether all contexts start right behind the prefix (the paper), or each behind the one
+        before it. Recomputing always takes sequential positions.
+    max_contexts : int or None
+        Read the contexts that matter most to the query, at most so many; None reads all.
+    adaptation : {"fixed", "count"}
+        Whether T and S are those above, or follow from the number of contexts.
     default_prefix : str
         Shared prefix of prompts that start with a context (after the beginning-of-sequence
         token, where the tokenizer has one). The paper uses newlines.
@@ -50,6 +65,10 @@ class APEConfig:
     attention_temperature: float = 0.9
     scaling_factor: float = 0.9
     adapt_single_context: bool = False
+    recompute_ratio: float = 0.0
+    context_positions: ContextPositions = "shared"
+    max_contexts: int | None = None
+    adaptation: Adaptation = "fixed"
     default_prefix: str = "\n\n"
     context_separator: str = "\n\n"
     reorder: bool = True
@@ -68,8 +87,21 @@ class APEConfig:
                     f"{name} must lie in (0, 2], not {value!r}. "
                     "The paper uses 0.6 to 1.0; 0.9 is a good start."
                 )
-        for name in ("max_batch_tokens", "max_new_tokens"):
+        ratio = self.recompute_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ConfigError(
+                f"recompute_ratio must be a number from 0 (off) to 1 (sequential), not {ratio!r}."
+            )
+        for name, choices in (("context_positions", ContextPositions), ("adaptation", Adaptation)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, "
+                    f"not {getattr(self, name)!r}."
+                )
+        for name in ("max_batch_tokens", "max_new_tokens", "max_contexts"):
             value = getattr(self, name)
+            if value is None and name == "max_contexts":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if isinstance(self.draft_tokens, bool) or not isinstance(self.draft_tokens, int):
