@@ -15,7 +15,7 @@ that the model used before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,6 +89,25 @@ class PartitionedStates:
     scale: float
     padding: Tensor | None = None
 
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the query reads; see :func:`partitioned_attention`."""
+        return partitioned_attention(
+            query,
+            self,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            sinks=sinks,
+        )
+
 
 class Partial(NamedTuple):
     """Attention over one partition: output ``(batch, heads, length, head_dim)`` and LSE."""
@@ -154,9 +173,8 @@ def ape_attention_forward(
             "contexts that share positions. Use a model with rotary position embeddings."
         )
     scaling = kwargs.get("scaling")
-    output = partitioned_attention(
+    output = key.attend(
         query,
-        key,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sliding_window=kwargs.get("sliding_window"),
@@ -213,37 +231,68 @@ def partitioned_attention(
     Tensor
         ``(batch, heads, length, head_dim)`` in the query's dtype.
     """
+    partials: list[Partial] = []
+    for part in (states.contexts, *states.rest):
+        if part is None:
+            continue
+        is_context = part is states.contexts
+        temperature = states.temperature if is_context else 1.0
+        seen = attend_partition(query, states, part, scaling / temperature, softcap, sliding_window)
+        if seen is not None:
+            output, lse = seen
+            lse = lse * (states.scale * states.temperature) if is_context else lse
+            partials.append(Partial(output, lse))
+    return merge(partials, sinks, query.dtype)
+
+
+def attend_partition(
+    query: Tensor,
+    states: PartitionedStates,
+    part: Partition,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Partial | None:
+    """Attend to what a query sees of one partition, logits times ``scale``; None: to nothing."""
+    if part.keys.shape[2] == 0:
+        return None
     # Layers that share an earlier layer's states may ask for the last tokens alone (Gemma 4).
     last = states.rest[-1].last_position
     first = last - query.shape[2] + 1
-    outputs: list[Tensor] = []
-    lses: list[Tensor] = []
-    for part in (states.contexts, *states.rest):
-        if part is None or part.keys.shape[2] == 0:
-            continue
-        mask = None
-        if sliding_window is not None and last - part.first_position >= sliding_window:
-            if states.padding is None and first - part.last_position >= sliding_window:
-                continue
-            mask = _window_mask(part, states, first, last, sliding_window)
-        elif part.causal and 1 < query.shape[2] < part.keys.shape[2]:
-            mask = _window_mask(part, states, first, last, last + 1)
-        if part.visible is not None:
-            mask = _padding_mask(part, mask, last - first + 1)
-        is_context = part is states.contexts
-        temperature = states.temperature if is_context else 1.0
-        output, lse = _attend(query, part, scaling / temperature, softcap, mask)
-        outputs.append(output)
-        lses.append(lse * (states.scale * states.temperature) if is_context else lse)
-    if len(outputs) == 1 and sinks is None:
-        return outputs[0].to(query.dtype)
+    mask = None
+    if sliding_window is not None and last - part.first_position >= sliding_window:
+        if states.padding is None and first - part.last_position >= sliding_window:
+            return None
+        mask = _window_mask(part, states, first, last, sliding_window)
+    elif part.causal and 1 < query.shape[2] < part.keys.shape[2]:
+        mask = _window_mask(part, states, first, last, last + 1)
+    if part.visible is not None:
+        mask = _padding_mask(part, mask, last - first + 1)
+    return attend(query, part, scale, softcap, mask)
+
+
+def merge(partials: Sequence[Partial], sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Merge outputs by the softmax of their LSEs, in fp32.
+
+    Parameters
+    ----------
+    partials : sequence of Partial
+        At least one; equal shapes.
+    sinks : Tensor, optional
+        One logit per head, ``(heads,)``, that takes attention and gives nothing.
+    dtype : torch.dtype
+        Of the result.
+    """
+    if len(partials) == 1 and sinks is None:
+        return partials[0].output.to(dtype)
+    lses = [lse for _, lse in partials]
     if sinks is not None:
         lses.append(sinks.float().view(1, -1, 1).expand_as(lses[0]))
     weights = torch.stack(lses).softmax(dim=0)
-    merged = outputs[0].float() * weights[0].unsqueeze(-1)
-    for output, weight in zip(outputs[1:], weights[1:], strict=False):
+    merged = partials[0].output.float() * weights[0].unsqueeze(-1)
+    for (output, _), weight in zip(partials[1:], weights[1:], strict=False):
         merged = torch.addcmul(merged, output.float(), weight.unsqueeze(-1))
-    return merged.to(query.dtype)
+    return merged.to(dtype)
 
 
 def _window_mask(
@@ -272,10 +321,10 @@ def _padding_mask(part: Partition, mask: Tensor | None, length: int) -> Tensor:
     return visible if mask is None else visible & mask
 
 
-def _attend(
+def attend(
     query: Tensor, part: Partition, scale: float, softcap: float | None, mask: Tensor | None
 ) -> Partial:
-    """Attend to one partition, KV heads not repeated.
+    """Attend to one partition under ``mask`` ``(1 or batch, rows, keys)``; KV heads not repeated.
 
     Without a causal block, rows are independent: the query heads that share a KV head, and the
     batch items that share a partition of batch 1, are laid out as further rows of one query.
