@@ -30,10 +30,13 @@ class ContextLayout:
         Tokens of the shared prefix; every context starts at this position.
     lengths : tuple of int
         Tokens of each context, in the order of the buffer.
+    sequential : bool
+        Each context starts behind the one before it instead.
     """
 
     prefix_length: int
     lengths: tuple[int, ...]
+    sequential: bool = False
 
     @property
     def total(self) -> int:
@@ -42,11 +45,14 @@ class ContextLayout:
 
     @property
     def query_position(self) -> int:
-        """Position of the first query token: right after the longest context."""
-        return self.prefix_length + max(self.lengths, default=0)
+        """Position of the first query token: right after the longest or the last context."""
+        length = self.total if self.sequential else max(self.lengths, default=0)
+        return self.prefix_length + length
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of every context token, ``(total,)``."""
+        if self.sequential:
+            return torch.arange(self.total, device=device) + self.prefix_length
         pieces = [torch.arange(length, device=device) for length in self.lengths]
         return torch.cat(pieces) + self.prefix_length
 

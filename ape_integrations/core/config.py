@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ape_integrations.errors import ConfigError
 
@@ -77,6 +78,11 @@ class APEConfig:
     draft_tokens: int = 8
     self_check: bool = True
 
+    @property
+    def sequential(self) -> bool:
+        """Whether each context starts behind the one before it."""
+        return self.recompute_ratio > 0 or self.context_positions == "sequential"
+
     def __post_init__(self) -> None:
         for name in ("attention_temperature", "scaling_factor"):
             value = getattr(self, name)
@@ -111,3 +117,34 @@ class APEConfig:
         for name in ("default_prefix", "context_separator"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string.")
+
+    @classmethod
+    def from_tuned(
+        cls, model: Any, *, path: str | os.PathLike[str] | None = None, **changes: Any
+    ) -> APEConfig:
+        """Return the settings that ``ape-integrations tune`` has saved for a model.
+
+        Parameters
+        ----------
+        model : str, Path, PreTrainedModel or APEGenerator
+            A loaded model is found by its weights; a name or directory by itself, as it was given
+            to ``tune``, without loading anything.
+        path : path, optional
+            File that ``tune --out`` wrote; by default the user's data directory is searched.
+        **changes
+            Further settings, or others than the tuned ones.
+
+        Raises
+        ------
+        ConfigError
+            Nothing was saved for this model. (Where tuning found nothing better than the defaults,
+            that is saved, and they are returned.)
+        """
+        from ape_integrations.core.tuned import load_tuned
+
+        tuned = load_tuned(model, path)
+        settings: dict[str, Any] = {
+            "attention_temperature": tuned.attention_temperature,
+            "scaling_factor": tuned.scaling_factor,
+        }
+        return cls(**{**settings, **changes})

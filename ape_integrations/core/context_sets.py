@@ -68,26 +68,32 @@ class ContextSetPool:
 
     @contextmanager
     def borrow(
-        self, keys: Sequence[str], total: int, fill: Callable[[ContextSet], None]
+        self,
+        keys: Sequence[str],
+        total: int,
+        fill: Callable[[ContextSet], None],
+        finish: Callable[[Layers], None] | None = None,
     ) -> Iterator[tuple[ContextSet, bool]]:
         """Yield the set of these entries, and whether it stood ready.
 
         Parameters
         ----------
         keys : sequence of str
-            Entry keys in the order of the buffer.
+            Entry keys in the order of the buffer, and what else makes the set what it is.
         total : int
             Context tokens.
         fill : callable
             Writes the states into ``staging`` of a new set. Whoever asks for the same set
             meanwhile waits for it.
+        finish : callable, optional
+            Changes the layers of a new set where they compute, in place: they are its own copy.
         """
         name = tuple(keys)
         context_set, owner = self._acquire(name, total)
         try:
             found = not owner
             if owner:
-                self._fill(context_set, fill)
+                self._fill(context_set, fill, finish)
             else:
                 context_set.ready.wait()
                 if not context_set.layers:
@@ -96,7 +102,7 @@ class ContextSetPool:
                         own = self._new(total)
                     self._release(name, context_set)
                     name, context_set, found = (), own, False
-                    self._fill(context_set, fill)
+                    self._fill(context_set, fill, finish)
             yield context_set, found
         finally:
             self._release(name, context_set)
@@ -111,15 +117,23 @@ class ContextSetPool:
             made = self._sets[name] = self._new(total)
             return made, True
 
-    def _fill(self, context_set: ContextSet, fill: Callable[[ContextSet], None]) -> None:
+    def _fill(
+        self,
+        context_set: ContextSet,
+        fill: Callable[[ContextSet], None],
+        finish: Callable[[Layers], None] | None,
+    ) -> None:
         try:
             fill(context_set)
-            context_set.layers = [
+            layers = [
                 (key.to(device, non_blocking=True), value.to(device, non_blocking=True))
                 for (key, value), device in zip(
                     context_set.staging, self._info.devices, strict=True
                 )
             ]
+            if finish is not None:
+                finish(layers)
+            context_set.layers = layers
         finally:
             context_set.ready.set()
 

@@ -22,16 +22,20 @@ class PreparedPrompt:
         Token ids.
     contexts : list of list of int
         Token ids of each context; equal contexts stand once.
+    sequential : bool
+        Contexts stand one after the other, and do not share positions.
     """
 
     prefix: list[int]
     contexts: list[list[int]]
     query: list[int]
+    sequential: bool = False
 
     @property
     def layout(self) -> ContextLayout:
         """Where the contexts stand."""
-        return ContextLayout(len(self.prefix), tuple(len(ids) for ids in self.contexts))
+        lengths = tuple(len(ids) for ids in self.contexts)
+        return ContextLayout(len(self.prefix), lengths, self.sequential)
 
     @property
     def num_tokens(self) -> int:
@@ -40,6 +44,8 @@ class PreparedPrompt:
 
     def logical_ids(self) -> list[int]:
         """Return ids of the prompt's logical length: the longest context stands for all."""
+        if self.sequential:
+            return [*self.prefix, *(token for ids in self.contexts for token in ids), *self.query]
         longest = max(self.contexts, key=len, default=[])
         return [*self.prefix, *longest, *self.query]
 
@@ -80,7 +86,8 @@ class PromptPreparer:
         query_ids = self._tokens.rest(query)
         if not query_ids:
             raise ConfigError("The query is empty: something must stand behind the contexts.")
-        return PreparedPrompt(self.prefix_ids(prefix), self.context_ids(contexts), query_ids)
+        context_ids, sequential = self.context_ids(contexts), self._config.sequential
+        return PreparedPrompt(self.prefix_ids(prefix), context_ids, query_ids, sequential)
 
     def prefix_ids(self, prefix: str) -> list[int]:
         """Tokenise a shared prefix; an empty one becomes the default prefix."""
@@ -108,8 +115,9 @@ class PromptPreparer:
         Raises
         ------
         ContextWindowError
-            Prefix, query and new tokens leave no room.
+            Prefix, query and new tokens leave no room, or contexts in sequence do not fit.
         """
+        prompt = replace(prompt, sequential=self._config.sequential)
         limit = self._max_positions
         if limit is None:
             return prompt
@@ -120,6 +128,14 @@ class PromptPreparer:
                 f"{len(prompt.prefix)} + query {len(prompt.query)} + new tokens {new_tokens}"
                 f"{', and some room for contexts' if prompt.contexts else ''}. "
                 "Shorten the query or the history, or lower max_new_tokens."
+            )
+        kept = self._config.max_contexts
+        in_sequence = prompt.sequential and (kept is None or len(prompt.contexts) <= kept)
+        if in_sequence and prompt.layout.total > room:
+            raise ContextWindowError(
+                f"{prompt.layout.total} context tokens in sequence do not fit the {room} positions "
+                'left for them. Use context_positions="shared" with recompute_ratio=0, set '
+                "max_contexts, or retrieve less."
             )
         if all(len(ids) <= room for ids in prompt.contexts):
             return prompt
