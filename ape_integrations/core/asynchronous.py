@@ -9,11 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
 from transformers import StoppingCriteria
 
-from ape_integrations.core.generation import GenerationStream
+from ape_integrations.core.generation import Cancellation, GenerationStream
 
 T = TypeVar("T")
 
@@ -22,17 +20,6 @@ _END = object()
 # Threads of our own: the loop's default executor is small, and long answers would keep everybody
 # else who needs it waiting, retrievers among them.
 _workers = ThreadPoolExecutor(max_workers=32, thread_name_prefix="ape-generate")
-
-
-class _Cancellation(StoppingCriteria):
-    """Stops a generation after the current token."""
-
-    def __init__(self) -> None:
-        self.requested = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        stop = self.requested.is_set()
-        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
 
 
 def stopped_by(generation_kwargs: dict[str, Any], *criteria: StoppingCriteria) -> dict[str, Any]:
@@ -52,7 +39,7 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
         Is given a stopping criterion, with which cancelling the task stops the generation after
         the current token.
     """
-    cancellation = _Cancellation()
+    cancellation = Cancellation()
     loop, context = asyncio.get_running_loop(), copy_context()
     try:
         return await loop.run_in_executor(_workers, context.run, generate, cancellation)

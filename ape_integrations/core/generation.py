@@ -41,8 +41,9 @@ class GenerationResult:
     usage : dict
         ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
     cache : dict
-        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``, and ``tokens_reused``: query tokens
-        whose states were kept from an earlier turn over the same contexts.
+        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``; ``tokens_reused``: query tokens
+        whose states were kept from an earlier turn over the same contexts; and ``batch``: the
+        questions over these contexts that were answered together with this one, itself included.
     timings : dict
         Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``first_token``
         (from the call to the first new token) and ``total``.
@@ -111,6 +112,18 @@ class TextAssembler:
         return 0
 
 
+class Cancellation(StoppingCriteria):
+    """Stops one generation after the current token, once it is requested."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Say of every sequence whether to stop."""
+        stop = self.requested.is_set()
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device, dtype=torch.bool)
+
+
 @dataclass
 class Row:
     """One sequence of a batch while it is generated.
@@ -123,11 +136,19 @@ class Row:
         New tokens so far.
     stopped : bool
         It ended by an end-of-sequence token, a stop string or a stopping criterion.
+    cancellations : sequence of Cancellation
+        What may stop this sequence and no other.
     """
 
     assembler: TextAssembler
     token_ids: list[int] = field(default_factory=list)
     stopped: bool = False
+    cancellations: Sequence[Cancellation] = ()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for this sequence any more."""
+        return any(cancellation.requested.is_set() for cancellation in self.cancellations)
 
 
 class TokenSink(StoppingCriteria):
@@ -181,10 +202,10 @@ class TokenSink(StoppingCriteria):
                 row = self._rows[index]
                 if not row.stopped:
                     self._take(row, new)
-                    row.stopped |= wanted[index]
+                    row.stopped |= wanted[index] or row.cancelled
                 stop[index] = row.stopped
             self._seen = input_ids.shape[1]
-        return stop | self.cancelled.is_set()
+        return stop | (self.cancelled.is_set() or all(row.cancelled for row in self._rows))
 
     def finish(self, sequences: Tensor) -> None:
         """Take what is left of the finished ``sequences``, prompt included, and show it."""
@@ -241,6 +262,24 @@ class SeededSampler(LogitsProcessor):
         probabilities = warped.softmax(dim=-1)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class RowSamplers(LogitsProcessor):
+    """Samples every sequence of a batch as its own call would, alone.
+
+    Parameters
+    ----------
+    samplers : sequence of SeededSampler
+        One per sequence.
+    """
+
+    def __init__(self, samplers: Sequence[SeededSampler]) -> None:
+        self._samplers = samplers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores in which one token per row is possible."""
+        rows = zip(self._samplers, input_ids.split(1), scores.split(1), strict=True)
+        return torch.cat([sampler(ids, own) for sampler, ids, own in rows])
 
 
 class GenerationStream(Iterator[str]):

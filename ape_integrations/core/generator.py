@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,15 +18,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 
+from ape_integrations.core.adaptation import adapted
+from ape_integrations.core.batching import Request, SharedBatches, arrive
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.chat import template_special_tokens, turn_markers
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.context_sets import ContextSet, ContextSetPool
+from ape_integrations.core.context_sets import ContextSet, ContextSetPool, Layers
 from ape_integrations.core.decoding import ContextDrafts, decode
 from ape_integrations.core.encoder import ContextEncoder
 from ape_integrations.core.fingerprint import ModelFingerprint
@@ -34,6 +37,7 @@ from ape_integrations.core.generation import (
     GenerationResult,
     GenerationStream,
     Row,
+    RowSamplers,
     TextAssembler,
     TokenSink,
 )
@@ -41,8 +45,9 @@ from ape_integrations.core.loading import clear_loading_errors
 from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
+from ape_integrations.core.recompute import SequenceArranger
 from ape_integrations.core.registry import ContextRegistry
-from ape_integrations.core.self_check import self_check
+from ape_integrations.core.self_check import self_check, sequence_check
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tails import TailMemory
@@ -72,6 +77,9 @@ class APEGenerator:
     tail_bytes : int
         Memory for the states of questions and answers behind a context set, which a chat's next
         turn starts from.
+    batch_bytes : int
+        Memory for the states behind the contexts where questions over one context set, asked at
+        the same time, are answered together.
 
     Raises
     ------
@@ -90,6 +98,7 @@ class APEGenerator:
         *,
         context_set_bytes: int = 2 << 30,
         tail_bytes: int = 1 << 28,
+        batch_bytes: int = 1 << 30,
     ) -> None:
         check_supported(model)
         self.config = config or APEConfig()
@@ -99,6 +108,7 @@ class APEGenerator:
             self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
             if self.config.self_check:
                 self_check(model, self.info, self._encoder)
+            self._arranger = self._make_arranger() if self.config.sequential else None
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
         self.store = open_store(store)
@@ -113,6 +123,7 @@ class APEGenerator:
         self._source = StateSource(self.store, self._encoder, self.info, ModelFingerprint(model))
         self._sets = ContextSetPool(self.info, context_set_bytes)
         self._tails = TailMemory(tail_bytes)
+        self._batches = SharedBatches(self._run, self.info, batch_bytes)
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._lock = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
@@ -153,6 +164,14 @@ class APEGenerator:
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
         return cls(model, tokenizer, store=store, config=config)
+
+    def _make_arranger(self) -> SequenceArranger:
+        arranger = SequenceArranger(
+            self.model, self.info, self._encoder, self.config.max_batch_tokens
+        )
+        if self.config.self_check:
+            sequence_check(self.model, self.info, self._encoder, arranger)
+        return arranger
 
     # Prompts ------------------------------------------------------------------------------------
 
@@ -200,23 +219,26 @@ class APEGenerator:
             Its memory is lent until the exit; do not keep it longer.
         """
         figures = figures or Figures()
-        temperature, scale = self.config.attention_temperature, self.config.scaling_factor
-        if len(prompt.contexts) == 1 and not self.config.adapt_single_context:
-            temperature = scale = 1.0
         self._note_prefix(prompt.prefix)
         prefix = self._source.prefix(prompt.prefix, figures)
-        # Attention does not see the order of contexts, so equal sets are one set.
-        keyed = dict(
-            zip(self._source.keys(prompt.prefix, prompt.contexts), prompt.contexts, strict=True)
+        keys, contexts = self._ordered(prompt)
+        layout = ContextLayout(
+            len(prompt.prefix), tuple(map(len, contexts)), self.config.sequential
         )
-        keys = sorted(keyed)
-        contexts = [keyed[key] for key in keys]
-        layout = ContextLayout(len(prompt.prefix), tuple(len(ids) for ids in contexts))
+        temperature, scale = adapted(self.config, layout.lengths)
+        name = (self._kind_of_set(), *keys)
 
         def fill(target: ContextSet) -> None:
             self._source.fill(prompt.prefix, contexts, keys, target, figures)
 
-        with self._sets.borrow(keys, layout.total, fill) as (context_set, ready):
+        def arrange(layers: Layers) -> None:
+            began = time.perf_counter()
+            assert self._arranger is not None
+            self._arranger.arrange(prefix, contexts, layers, self.config.recompute_ratio)
+            figures.recompute += time.perf_counter() - began
+
+        finish = arrange if self.config.sequential else None
+        with self._sets.borrow(name, layout.total, fill, finish) as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
             yield APECache(
@@ -226,8 +248,22 @@ class APEGenerator:
                 temperature,
                 scale,
                 padding=padding,
-                name=tuple(keys),
+                name=name,
             )
+
+    def _ordered(self, prompt: PreparedPrompt) -> tuple[list[str], list[list[int]]]:
+        """Return store keys and token ids of a prompt's contexts, in the order of their buffer."""
+        keys = self._source.keys(prompt.prefix, prompt.contexts)
+        if self.config.sequential:
+            return keys, prompt.contexts
+        # Attention does not see the order of contexts, so equal sets are one set.
+        keyed = dict(zip(keys, prompt.contexts, strict=True))
+        keys = sorted(keyed)
+        return keys, [keyed[key] for key in keys]
+
+    def _kind_of_set(self) -> str:
+        """Return what, besides its entries, makes an assembled set what it is."""
+        return f"recomputed {self.config.recompute_ratio}" if self.config.sequential else "shared"
 
     def _note_prefix(self, ids: list[int]) -> None:
         """Remember the prefix, so that texts can be prefetched behind it."""
@@ -344,7 +380,9 @@ class APEGenerator:
 
     def generate_ids(self, prompt: PreparedPrompt, **generation_kwargs: Any) -> GenerationResult:
         """Generate behind token ids; otherwise like :meth:`generate`."""
-        return self._run([prompt], self._settings(generation_kwargs), Figures())[0]
+        settings = self._settings(generation_kwargs)
+        fitted = self._preparer.fit(prompt, settings.max_new_tokens)
+        return self._batches.answer(Request(fitted, settings), self._batch_key(fitted, settings))
 
     def generate_batch(
         self,
@@ -367,7 +405,8 @@ class APEGenerator:
         Returns
         -------
         list of GenerationResult
-            One per query, in order. Hits, misses and seconds are those of the whole batch.
+            One per query, in order. The first one carries the batch's misses and bytes; for the
+            others every context is a hit.
 
         Raises
         ------
@@ -385,48 +424,65 @@ class APEGenerator:
         self, prompts: Sequence[PreparedPrompt], **generation_kwargs: Any
     ) -> list[GenerationResult]:
         """Answer prompts that differ in their queries alone; see :meth:`generate_batch`."""
-        settings = self._settings(generation_kwargs)
-        if not settings.single:
+        requests = [Request(prompt, self._settings(generation_kwargs)) for prompt in prompts]
+        if not all(request.settings.single for request in requests):
             raise ConfigError("Beam search cannot be combined with a batch of queries.")
         shared = {(tuple(p.prefix), tuple(map(tuple, p.contexts))) for p in prompts}
         if len(shared) != 1:
             raise ConfigError("The prompts of a batch must share prefix and contexts.")
-        return self._run(prompts, settings, Figures())
+        return self._run(requests)
+
+    def _batch_key(self, prompt: PreparedPrompt, settings: GenerationSettings) -> Hashable | None:
+        """Return what prompts have in common that one batch can answer; None: it runs alone."""
+        config = self.config
+        # Where contexts have an order, or the query chooses them, sets are not alike.
+        ordered = config.recompute_ratio > 0 or config.context_positions != "shared"
+        if not prompt.contexts or ordered or config.max_contexts is not None:
+            return None
+        shared = settings.shared
+        if shared is None:
+            return None
+        return tuple(prompt.prefix), tuple(sorted(map(tuple, prompt.contexts))), shared
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationSettings:
         defaults: Any = self.model.generation_config
         return GenerationSettings(kwargs, defaults, self.config.max_new_tokens)
 
     def _stream(self, prompt: PreparedPrompt, kwargs: dict[str, Any]) -> GenerationStream:
-        figures = Figures()
-        settings = self._settings(kwargs)
-        if not settings.single:
+        request = Request(prompt, self._settings(kwargs))
+        if not request.settings.single:
             raise ConfigError("Beam search cannot be streamed: use generate(), or num_beams=1.")
+        arrive()  # a stream is no part of a batch
 
         def run(
             on_text: Callable[[str], None], on_sink: Callable[[TokenSink], None]
         ) -> GenerationResult:
-            return self._run([prompt], settings, figures, on_text, on_sink)[0]
+            return self._run([request], on_text, on_sink)[0]
 
         return GenerationStream(run)
 
     @torch.no_grad()
     def _run(
         self,
-        prompts: Sequence[PreparedPrompt],
-        settings: GenerationSettings,
-        figures: Figures,
+        requests: Sequence[Request],
         on_text: Callable[[str], None] | None = None,
         on_sink: Callable[[TokenSink], None] | None = None,
     ) -> list[GenerationResult]:
-        """Generate for prompts that differ in their queries alone."""
-        longest = max(prompts, key=lambda prompt: len(prompt.query))
+        """Generate for requests that differ in queries, stop strings and seeds alone."""
+        settings, figures = requests[0].settings, requests[0].figures
+        longest = max((request.prompt for request in requests), key=lambda p: len(p.query))
         fitted = self._preparer.fit(longest, settings.max_new_tokens)
-        queries = [prompt.query for prompt in prompts]
+        queries = [request.prompt.query for request in requests]
         input_ids, mask = self._padded(fitted, queries)
-        rows = [Row(TextAssembler(self.tokens, settings.stop)) for _ in queries]
+        rows = [
+            Row(TextAssembler(self.tokens, own.stop), cancellations=own.cancellations)
+            for own in (request.settings for request in requests)
+        ]
         kwargs = dict(settings.kwargs)
         criteria = kwargs.pop("stopping_criteria", None) or []
+        if samplers := [own for request in requests if (own := request.settings.sampler)]:
+            given = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, RowSamplers(samplers)])
         sink = TokenSink(
             rows, input_ids.shape[1], settings.end_tokens, criteria, on_text, settings.single
         )
@@ -461,10 +517,13 @@ class APEGenerator:
             sequences = generate()
         sink.finish(sequences)
         assert sink.first_token_time is not None
-        figures.first_token = sink.first_token_time - figures.start
+        for request in requests:
+            if request.figures is not figures:
+                request.figures.share(figures, len(fitted.contexts))
+            request.figures.first_token = sink.first_token_time - request.figures.start
         return [
-            _result(row, replace(fitted, query=query), figures)
-            for row, query in zip(rows, queries, strict=True)
+            _result(row, replace(fitted, query=request.prompt.query), request.figures, len(rows))
+            for row, request in zip(rows, requests, strict=True)
         ]
 
     def _drafts(
@@ -483,7 +542,8 @@ class APEGenerator:
         device = self.info.input_device
         head = prompt.logical_ids()[: -len(prompt.query)]
         length = len(prompt.query)
-        ids = [[*head, *[0] * (length - len(query)), *query] for query in queries]
+        # Padding repeats a token of the prompt, or a repetition penalty would see a new one.
+        ids = [[*head, *head[-1:] * (length - len(query)), *query] for query in queries]
         mask = torch.ones(len(queries), len(head) + length, dtype=torch.long, device=device)
         for row, query in enumerate(queries):
             mask[row, len(head) : len(head) + length - len(query)] = 0
@@ -550,7 +610,7 @@ class APEGenerator:
         self.store.flush()
 
 
-def _result(row: Row, prompt: PreparedPrompt, figures: Figures) -> GenerationResult:
+def _result(row: Row, prompt: PreparedPrompt, figures: Figures, batch: int) -> GenerationResult:
     return GenerationResult(
         text=row.assembler.text,
         token_ids=row.token_ids,
@@ -566,10 +626,12 @@ def _result(row: Row, prompt: PreparedPrompt, figures: Figures) -> GenerationRes
             "misses": figures.misses,
             "bytes_loaded": figures.bytes_loaded,
             "tokens_reused": figures.reused,
+            "batch": batch,
         },
         timings={
             "load": figures.load,
             "encode": figures.encode,
+            "recompute": figures.recompute,
             "first_token": figures.first_token,
             "total": time.perf_counter() - figures.start,
         },

@@ -46,7 +46,8 @@ class PreparedPrompt:
         """Return ids of the prompt's logical length: the longest context stands for all."""
         if self.sequential:
             return [*self.prefix, *(token for ids in self.contexts for token in ids), *self.query]
-        longest = max(self.contexts, key=len, default=[])
+        # Of several that are equally long, the same one whatever their order.
+        longest = max(self.contexts, key=lambda ids: (len(ids), ids), default=[])
         return [*self.prefix, *longest, *self.query]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
-from ape_integrations.core.generation import SeededSampler
+from ape_integrations.core.generation import Cancellation, SeededSampler
 from ape_integrations.errors import ConfigError
 
 #: Arguments of ``model.generate()`` that describe the prompt, which the generator owns.
@@ -45,6 +45,10 @@ class GenerationSettings:
         Strings to stop before.
     single : bool
         One sequence is generated token by token, as opposed to beams.
+    sampler : SeededSampler or None
+        Chooses the tokens where a seed was given.
+    cancellations : list of Cancellation
+        What may stop this generation and no other in its batch.
     kwargs : dict
         For ``model.generate()``.
 
@@ -64,7 +68,11 @@ class GenerationSettings:
         self.single = (self._value("num_beams") or 1) == 1
         self.max_new_tokens = self._whole("max_new_tokens", max_new_tokens)
         self.kwargs["max_new_tokens"] = self.max_new_tokens
-        self._take_seed()
+        self.sampler = self._take_seed()
+        criteria = list(self.kwargs.pop("stopping_criteria", None) or [])
+        self.cancellations = [c for c in criteria if isinstance(c, Cancellation)]
+        if others := [c for c in criteria if not isinstance(c, Cancellation)]:
+            self.kwargs["stopping_criteria"] = others
         if self._value("pad_token_id") is None:
             # Padding never happens, but transformers warns where no token is named.
             self.kwargs["pad_token_id"] = next(iter(self.end_tokens), 0)
@@ -92,23 +100,36 @@ class GenerationSettings:
         )
 
     @property
+    def shared(self) -> Hashable | None:
+        """What settings must have in common to run as one batch; None for those that run alone.
+
+        Stop strings, seeds and cancellations are kept apart by sequence. Whatever may look at a
+        sequence as a whole, padding included, or hold a state of its own, runs alone.
+        """
+        if not self.draftable or self._value("no_repeat_ngram_size"):
+            return None
+        try:
+            return tuple(sorted((name, _frozen(value)) for name, value in self.kwargs.items()))
+        except TypeError:
+            return None
+
+    @property
     def end_tokens(self) -> list[int]:
         """Ids that end a sequence."""
         return _as_list(self._value("eos_token_id"))
 
-    def _take_seed(self) -> None:
+    def _take_seed(self) -> SeededSampler | None:
         """Replace seeded sampling by a sampler with a random generator of its own."""
         seed = self.kwargs.pop("seed", None)
         if seed is None or not self._value("do_sample"):
-            return
+            return None
         names = ("temperature", "top_k", "top_p", "min_p")
         settings = {name: self._value(name) for name in names}
         if settings["temperature"] is None:
             settings["temperature"] = 1.0
-        processors = [*(self.kwargs.get("logits_processor") or []), SeededSampler(seed, **settings)]
-        self.kwargs["logits_processor"] = LogitsProcessorList(processors)
         # Greedy decoding warns of the settings of sampling, which the sampler has taken.
         self.kwargs.update(do_sample=False, **dict.fromkeys(names))
+        return SeededSampler(seed, **settings)
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -127,6 +148,21 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise ConfigError("num_return_sequences must be 1: a result holds one text.")
     if kwargs.get("assistant_model") is not None:
         raise ConfigError("assistant_model is not supported together with cached contexts.")
+
+
+def _frozen(value: Any) -> str:
+    """Return a plain value as text that differs where the value does.
+
+    Raises
+    ------
+    TypeError
+        It is no number, string, or list of these.
+    """
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_frozen, value))}]"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise TypeError(f"{type(value).__name__} may hold a state")
 
 
 def _strings(stop: str | Sequence[str] | None) -> list[str]:

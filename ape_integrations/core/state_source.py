@@ -39,10 +39,16 @@ class Figures:
     misses: int = 0
     bytes_loaded: int = 0
     reused: int = 0
+    dropped: int = 0
     load: float = 0.0
     encode: float = 0.0
+    recompute: float = 0.0
     first_token: float = 0.0
     start: float = field(default_factory=time.perf_counter)
+
+    def share(self, other: Figures, contexts: int) -> None:
+        """Take over what ``other`` waited for; its misses and bytes are counted once, with it."""
+        self.hits, self.load, self.encode = contexts, other.load, other.encode
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class StateSource:
         Returns
         -------
         list of (Tensor, Tensor)
-            Per layer, keys and values ``(prefix_length, kv_heads, head_dim)`` on its device.
+            Per layer, keys and values ``(kv_heads, prefix_length, head_dim)`` on its device.
         """
         if not ids:
             return self._encoder.empty_prefix()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from transformers import StoppingCriteria
 
 from ape_integrations.core.asynchronous import iterate, run_generation, stopped_by
+from ape_integrations.core.batching import run_together
 from ape_integrations.core.generation import GenerationResult, GenerationStream
-from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.langchain import (
+    batches,
+    capture,  # noqa: F401  (registers the handler)
+)
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 
 
@@ -49,7 +54,7 @@ class APELanguageModel(APESettings, BaseLLM):
 
     def _prepare(
         self, stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> tuple[Any, str, dict[str, Any]]:
+    ) -> tuple[APEGenerator, str, dict[str, Any]]:
         kwargs = dict(kwargs)
         engine, name = self._engine_for(kwargs.pop("model", None))
         return engine.generator, name, self._generation_kwargs(stop, kwargs)
@@ -72,7 +77,11 @@ class APELanguageModel(APESettings, BaseLLM):
     ) -> LLMResult:
         generator, name, generation = self._prepare(stop, kwargs)
         generation = stopped_by(generation, *criteria)
-        results = [generator.generate_prompt(prompt, **generation) for prompt in prompts]
+
+        def answer(prompt: str) -> GenerationResult:
+            return generator.generate_prompt(prompt, **generation)
+
+        results = [answer(prompts[0])] if len(prompts) == 1 else run_together(answer, prompts)
         return _llm_result(results, name)
 
     async def _agenerate(
@@ -122,6 +131,32 @@ class APELanguageModel(APESettings, BaseLLM):
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
         yield GenerationChunk(text="", generation_info=_info(stream.result, name))
+
+    # Batches ------------------------------------------------------------------------------------
+
+    def batch(  # type: ignore[override]
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: batches.Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer several inputs; those that share their documents are answered together."""
+        return batches.batch(self, inputs, config, return_exceptions, kwargs)
+
+    async def abatch(  # type: ignore[override]
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: batches.Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer several inputs; those that share their documents are answered together."""
+        return await batches.abatch(self, inputs, config, return_exceptions, kwargs)
+
+    # Tokens -------------------------------------------------------------------------------------
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the ids of a text by the model's own tokenizer."""
