@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ape_integrations.core.cache import APECache, ContextLayout
-from ape_integrations.core.context_sets import Layers
+from ape_integrations.core.encoder import ContextEncoder
 from ape_integrations.core.model import ModelInfo, embeddings, last_logits_only
 from ape_integrations.errors import ConfigError
 
@@ -102,7 +102,7 @@ class LayerRotation:
     at_end: bool
 
     def turn(self, keys: Tensor, old: Angles, new: Angles) -> Tensor | None:
-        """Return keys ``(length, kv_heads, head_dim)`` moved from old to new angles, in fp32.
+        """Return keys ``(kv_heads, length, head_dim)`` moved from old to new angles, in fp32.
 
         None where the angles do not fit the keys.
         """
@@ -116,8 +116,8 @@ class LayerRotation:
             return None
         # Scaled embeddings (yarn) carry their factor in both tables.
         norm = old_cos.square() + old_sin.square()
-        cosines = ((new_cos * old_cos + new_sin * old_sin) / norm)[:, None]
-        sines = ((new_sin * old_cos - new_cos * old_sin) / norm)[:, None]
+        cosines = (new_cos * old_cos + new_sin * old_sin) / norm
+        sines = (new_sin * old_cos - new_cos * old_sin) / norm
         turned = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
         part = turned[..., -width:] if self.at_end else turned[..., :width]
         if self.interleaved:
@@ -139,6 +139,8 @@ class KeyRotation:
         A model that APE attention is attached to.
     info : ModelInfo
         What :func:`~ape_integrations.core.model.attach` returned.
+    encoder : ContextEncoder
+        The model's encoder.
 
     Raises
     ------
@@ -146,11 +148,11 @@ class KeyRotation:
         The model's keys do not follow their positions by a rotation that could be found.
     """
 
-    def __init__(self, model: PreTrainedModel, info: ModelInfo) -> None:
+    def __init__(self, model: PreTrainedModel, info: ModelInfo, encoder: ContextEncoder) -> None:
         limit = min(info.max_positions or _DISTANCE, _DISTANCE)
         near, far = 1, max(limit - 1, 2)
-        before, self._calls = _observe(model, info, near)
-        after, _ = _observe(model, info, far)
+        before, self._calls = _observe(model, info, encoder, near)
+        after, _ = _observe(model, info, encoder, far)
         self.layers = self._find(before, after, near, far)
         if None in self.layers:
             raise ConfigError(
@@ -194,7 +196,7 @@ class KeyRotation:
         Parameters
         ----------
         keys : sequence of Tensor
-            Per layer ``(length, kv_heads, head_dim)``, rotated for the old positions.
+            Per layer ``(kv_heads, length, head_dim)``, rotated for the old positions.
         old, new : Tensor
             Positions, ``(length,)``.
         """
@@ -209,9 +211,9 @@ class KeyRotation:
                     before, after = call.angles(old[block]), call.angles(new[block])
                     assert before is not None and after is not None
                     tables[rotation.call] = before, after
-                turned = rotation.turn(states[block], *tables[rotation.call])
+                turned = rotation.turn(states[:, block], *tables[rotation.call])
                 assert turned is not None
-                states[block] = turned.to(states.dtype)
+                states[:, block] = turned.to(states.dtype)
 
 
 def _error(keys: Tensor, expected: Tensor) -> float:
@@ -221,9 +223,9 @@ def _error(keys: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _observe(
-    model: PreTrainedModel, info: ModelInfo, position: int
+    model: PreTrainedModel, info: ModelInfo, encoder: ContextEncoder, position: int
 ) -> tuple[list[Tensor], list[_Call]]:
-    """Return keys ``(tokens, kv_heads, head_dim)`` of lone tokens at a position, and the calls.
+    """Return keys ``(kv_heads, tokens, head_dim)`` of lone tokens at a position, and the calls.
 
     A lone token attends to nothing but itself, so that its position shows in its keys' rotation
     alone, in every layer.
@@ -239,14 +241,7 @@ def _observe(
         for module in model.modules()
         if _is_rotary(module)
     ]
-    empty: Layers = [
-        (
-            torch.empty(0, *spec.key_shape, dtype=info.dtype, device=device),
-            torch.empty(0, *spec.value_shape, dtype=info.dtype, device=device),
-        )
-        for spec, device in zip(info.layers, info.devices, strict=True)
-    ]
-    cache = APECache(ContextLayout(0, ()), empty, tail_capacity=1)
+    cache = APECache(ContextLayout(0, ()), encoder.empty_prefix(), tail_capacity=1)
     ids = (torch.arange(_TOKENS, device=info.input_device)[:, None] * 7 + 3) % (
         embeddings(model).shape[0]
     )
@@ -262,7 +257,7 @@ def _observe(
         for hook in hooks:
             hook.remove()
     keys = [
-        torch.cat([cache.tail(layer, token, 1)[0] for token in range(_TOKENS)])
+        torch.cat([cache.tail(layer, token, 1)[0] for token in range(_TOKENS)], dim=1)
         for layer in range(len(cache.layers))
     ]
     return keys, calls
