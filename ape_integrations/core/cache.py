@@ -1,7 +1,6 @@
 """APECache: a transformers cache whose contexts stay fixed while the rest grows.
 
-Layout: states are kept token-major, ``(length, kv_heads, head_dim)``, so that one context is one
-contiguous piece of a layer's buffer; attention reads them through transposed views.
+Layout: states are kept head-major, ``(kv_heads, length, head_dim)``, as kernels read them.
 """
 
 from __future__ import annotations
@@ -65,10 +64,10 @@ class APECacheLayer(CacheLayerMixin):
     layout : ContextLayout
         Prefix length and context lengths.
     prefix : tuple of Tensor
-        Keys and values of the prefix, each ``(prefix_length, kv_heads, head_dim)``; shared by
+        Keys and values of the prefix, each ``(kv_heads, prefix_length, head_dim)``; shared by
         the batch, never written.
     contexts : tuple of Tensor, optional
-        Keys and values of all contexts, each ``(total, kv_heads, head_dim)``; shared by the
+        Keys and values of all contexts, each ``(kv_heads, total, head_dim)``; shared by the
         batch, never written.
     temperature, scale : float
         T and S.
@@ -110,7 +109,7 @@ class APECacheLayer(CacheLayerMixin):
     def _fixed(
         states: tuple[Tensor, Tensor], positions: Callable[[], Tensor], first: int, last: int
     ) -> Partition:
-        keys, values = (tensor.transpose(0, 1).unsqueeze(0) for tensor in states)
+        keys, values = (tensor.unsqueeze(0) for tensor in states)
         return Partition(keys, values, positions, first, last)
 
     def _prefix_positions(self) -> Tensor:
@@ -126,8 +125,8 @@ class APECacheLayer(CacheLayerMixin):
         first, last = offset + start, offset + end - 1
         device = self.keys.device
         return Partition(
-            self.keys[:, start:end].transpose(1, 2),
-            self.values[:, start:end].transpose(1, 2),
+            self.keys[:, :, start:end],
+            self.values[:, :, start:end],
             lambda: torch.arange(first, last + 1, device=device),
             first,
             last,
@@ -153,7 +152,7 @@ class APECacheLayer(CacheLayerMixin):
     @staticmethod
     def _empty(states: Tensor, capacity: int) -> Tensor:
         batch, heads, _, head_dim = states.shape
-        return states.new_empty(batch, capacity, heads, head_dim)
+        return states.new_empty(batch, heads, capacity, head_dim)
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -169,8 +168,8 @@ class APECacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         self._reserve(end)
-        self.keys[:, start:end] = key_states.transpose(1, 2)
-        self.values[:, start:end] = value_states.transpose(1, 2)
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
         self.length = end
         rest = [self._prefix]
         if end - start == 1:
@@ -191,13 +190,13 @@ class APECacheLayer(CacheLayerMixin):
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` tail tokens, doubling so that appending stays cheap."""
-        capacity = self.keys.shape[1]
+        capacity = self.keys.shape[2]
         if length <= capacity:
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(old.shape[0], max(length, 2 * capacity), *old.shape[2:])
-            new[:, : self.length] = old[:, : self.length]
+            new = self._empty(old, max(length, 2 * capacity))
+            new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
     def get_seq_length(self) -> int:
@@ -259,9 +258,9 @@ class APECache(Cache):
     layout : ContextLayout
         Prefix length and context lengths.
     prefix : sequence of (Tensor, Tensor)
-        Per layer, keys and values ``(prefix_length, kv_heads, head_dim)``.
+        Per layer, keys and values ``(kv_heads, prefix_length, head_dim)``.
     contexts : sequence of (Tensor, Tensor), optional
-        Per layer, keys and values ``(total, kv_heads, head_dim)``.
+        Per layer, keys and values ``(kv_heads, total, head_dim)``.
     temperature, scale : float
         T and S.
     tail_capacity : int, optional
@@ -300,7 +299,7 @@ class APECache(Cache):
         self.name = name
 
     def tail_states(self) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """Return per layer the tail's keys and values ``(batch, room, heads, dim)``; its length."""
+        """Return per layer the tail's keys and values ``(batch, heads, room, dim)``; its length."""
         layers: list[Any] = self.layers
         return [(layer.keys, layer.values) for layer in layers], layers[0].length
 
@@ -308,9 +307,9 @@ class APECache(Cache):
         """Start the tail with a copy of the first ``length`` tokens of another one's states."""
         layers: list[Any] = self.layers
         for layer, (keys, values) in zip(layers, states, strict=True):
-            layer.update(keys[:, :length].transpose(1, 2), values[:, :length].transpose(1, 2))
+            layer.update(keys[:, :, :length], values[:, :, :length])
 
     def tail(self, layer_idx: int, item: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first ``length`` tail tokens of one batch item, as token-major views."""
+        """Return the first ``length`` tail tokens of one batch item, ``(heads, length, dim)``."""
         layer: Any = self.layers[layer_idx]
-        return layer.keys[item, :length], layer.values[item, :length]
+        return layer.keys[item, :, :length], layer.values[item, :, :length]

@@ -30,7 +30,7 @@ class ContextSet:
     Parameters
     ----------
     staging : list of (Tensor, Tensor)
-        Per layer, keys and values ``(total, kv_heads, head_dim)`` in CPU memory.
+        Per layer, keys and values ``(kv_heads, total, head_dim)`` in CPU memory.
     layers : list of (Tensor, Tensor)
         The same on the model's devices; ``staging`` itself where that is the CPU.
     """
@@ -44,7 +44,7 @@ class ContextSet:
     def destination(self, start: int, length: int) -> Layers:
         """Return where one context's states go."""
         end = start + length
-        return [(keys[start:end], values[start:end]) for keys, values in self.staging]
+        return [(keys[:, start:end], values[:, start:end]) for keys, values in self.staging]
 
 
 class ContextSetPool:
@@ -170,7 +170,7 @@ class ContextSetPool:
             ):
                 length = total * math.prod(shape) * size
                 view = memory[offset : offset + length].view(self._info.dtype)
-                views.append(view.view(total, *shape))
+                views.append(view.view(shape[0], total, shape[1]))
                 offset += span
         return ContextSet(memory, list(zip(views[::2], views[1::2], strict=True)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ape_integrations.core.cache import APECache, ContextLayout
@@ -46,7 +47,7 @@ class ContextEncoder:
         Parameters
         ----------
         prefix : list of (Tensor, Tensor)
-            Per layer, states of the shared prefix ``(prefix_length, kv_heads, head_dim)``.
+            Per layer, states of the shared prefix ``(kv_heads, prefix_length, head_dim)``.
         contexts : sequence of token ids
             Each of at least one token.
 
@@ -63,8 +64,8 @@ class ContextEncoder:
         """Return the states of no tokens at all."""
         return [
             (
-                torch.empty(0, *layer.key_shape, dtype=self._info.dtype, device=device),
-                torch.empty(0, *layer.value_shape, dtype=self._info.dtype, device=device),
+                _no_tokens(layer.key_shape, self._info.dtype, device),
+                _no_tokens(layer.value_shape, self._info.dtype, device),
             )
             for layer, device in zip(self._info.layers, self._info.devices, strict=True)
         ]
@@ -96,7 +97,7 @@ class ContextEncoder:
         contexts: Sequence[Sequence[int]],
         batch: list[int],
     ) -> Iterator[tuple[int, KVStates]]:
-        prefix_length, longest = prefix[0][0].shape[0], len(contexts[batch[-1]])
+        prefix_length, longest = prefix[0][0].shape[1], len(contexts[batch[-1]])
         # Padding stands to the right, where causal attention never looks.
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, index in enumerate(batch):
@@ -123,3 +124,8 @@ class ContextEncoder:
                     values=tuple(value.cpu() for _, value in layers),
                 ),
             )
+
+
+def _no_tokens(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    heads, head_dim = shape
+    return torch.empty(heads, 0, head_dim, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 #: Part of every key; raise it when the meaning of stored states changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Elements that are read of every weight tensor. A fine-tuning step moves nearly all of them.
 _SAMPLES = 64

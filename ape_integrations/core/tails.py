@@ -24,7 +24,7 @@ class Tail:
     ids : tuple of int
         Query and generated tokens whose states are kept.
     layers : list of (Tensor, Tensor)
-        Per layer, keys and values ``(1, length, kv_heads, head_dim)``; never written again.
+        Per layer, keys and values ``(1, kv_heads, length, head_dim)``; never written again.
     """
 
     ids: tuple[int, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ape_integrations.errors import ConfigError
 
 Destination = Sequence[tuple[Tensor, Tensor]]
-"""Per layer a key and a value slice on the CPU, contiguous, ``(length, kv_heads, head_dim)``."""
+"""Per layer key and value slices on the CPU, ``(kv_heads, length, head_dim)``, heads contiguous."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class KVSpec:
         Returns
         -------
         list of tuple of Tensor
-            Per layer key and value tensors ``(length, kv_heads, head_dim)``, views into one
+            Per layer key and value tensors ``(kv_heads, length, head_dim)``, views into one
             memory mapping, which goes back to the system when the last of them is freed.
         """
         # The allocator would keep blocks of this size for itself after they are freed.
@@ -87,14 +87,14 @@ def split_flat(flat: Tensor, spec: KVSpec) -> list[tuple[Tensor, Tensor]]:
     Returns
     -------
     list of tuple of Tensor
-        Per layer key and value views ``(length, kv_heads, head_dim)``.
+        Per layer key and value views ``(kv_heads, length, head_dim)``.
     """
     offset = 0
     tensors: list[Tensor] = []
     for layer in spec.layers:
         for heads, dim in (layer.key_shape, layer.value_shape):
             size = spec.num_tokens * heads * dim
-            tensors.append(flat[offset : offset + size].view(spec.num_tokens, heads, dim))
+            tensors.append(flat[offset : offset + size].view(heads, spec.num_tokens, dim))
             offset += size
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
@@ -107,9 +107,9 @@ class KVStates:
     Parameters
     ----------
     keys : sequence of Tensor
-        Per layer the key states ``(length, kv_heads, head_dim)`` on the CPU.
+        Per layer the key states ``(kv_heads, length, head_dim)`` on the CPU.
     values : sequence of Tensor
-        Per layer the value states ``(length, kv_heads, head_dim)`` on the CPU. Heads and
+        Per layer the value states ``(kv_heads, length, head_dim)`` on the CPU. Heads and
         dimensions may differ between layers and between keys and values.
 
     Raises
@@ -134,20 +134,20 @@ class KVStates:
         for tensor in (*keys, *values):
             if tensor.dim() != 3 or tensor.device.type != "cpu":
                 raise ConfigError(
-                    "KV states are CPU tensors of shape (length, kv_heads, head_dim), got"
+                    "KV states are CPU tensors of shape (kv_heads, length, head_dim), got"
                     f" {tuple(tensor.shape)} on {tensor.device}."
                 )
-            if tensor.shape[0] != first.shape[0] or tensor.dtype != first.dtype:
+            if tensor.shape[1] != first.shape[1] or tensor.dtype != first.dtype:
                 raise ConfigError("All layers of KV states share one length and one dtype.")
-        if first.shape[0] == 0 or not first.dtype.is_floating_point:
+        if first.shape[1] == 0 or not first.dtype.is_floating_point:
             raise ConfigError("KV states hold at least one token and are floating point.")
-        object.__setattr__(self, "keys", tuple(t.detach().contiguous() for t in keys))
-        object.__setattr__(self, "values", tuple(t.detach().contiguous() for t in values))
+        object.__setattr__(self, "keys", tuple(map(_heads_contiguous, keys)))
+        object.__setattr__(self, "values", tuple(map(_heads_contiguous, values)))
         layers = tuple(
-            LayerSpec((k.shape[1], k.shape[2]), (v.shape[1], v.shape[2]))
+            LayerSpec((k.shape[0], k.shape[2]), (v.shape[0], v.shape[2]))
             for k, v in zip(keys, values, strict=True)
         )
-        object.__setattr__(self, "spec", KVSpec(first.shape[0], first.dtype, layers))
+        object.__setattr__(self, "spec", KVSpec(first.shape[1], first.dtype, layers))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("KVStates is immutable")
@@ -181,6 +181,16 @@ class KVStates:
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Per layer key and value tensors, for reading."""
         return list(zip(self.keys, self.values, strict=True))
+
+
+def heads_are_contiguous(states: Tensor) -> bool:
+    """Tell whether each head's rows of ``(kv_heads, length, head_dim)`` follow each other."""
+    return states[0].is_contiguous()
+
+
+def _heads_contiguous(states: Tensor) -> Tensor:
+    states = states.detach()
+    return states if heads_are_contiguous(states) else states.contiguous()
 
 
 def from_layers(layers: Destination) -> KVStates:
@@ -274,8 +284,8 @@ class KVStore(Protocol):
         spec : KVSpec
             What the entry must be.
         destination : sequence of tuple of Tensor
-            Per layer key and value slices ``(length, kv_heads, head_dim)`` on the CPU, contiguous,
-            of `spec`'s shapes and dtype.
+            Per layer key and value slices ``(kv_heads, length, head_dim)`` on the CPU, each head
+            contiguous, of `spec`'s shapes and dtype.
 
         Returns
         -------
@@ -372,17 +382,17 @@ def check_destination(spec: KVSpec, destination: Destination) -> None:
     if len(destination) != len(spec.layers):
         raise ConfigError(f"{len(destination)} layers of memory for {len(spec.layers)} layers.")
     for layer, (key, value) in zip(spec.layers, destination, strict=True):
-        for tensor, shape in ((key, layer.key_shape), (value, layer.value_shape)):
+        for tensor, (heads, dim) in ((key, layer.key_shape), (value, layer.value_shape)):
             if (
-                tensor.shape != (spec.num_tokens, *shape)
+                tensor.shape != (heads, spec.num_tokens, dim)
                 or tensor.dtype != spec.dtype
                 or tensor.device.type != "cpu"
-                or not tensor.is_contiguous()
+                or not heads_are_contiguous(tensor)
             ):
                 raise ConfigError(
-                    f"Memory to load into must be contiguous {spec.dtype} of shape"
-                    f" {(spec.num_tokens, *shape)} on the CPU, got {tensor.dtype}"
-                    f" {tuple(tensor.shape)} on {tensor.device}."
+                    f"Memory to load into must be {spec.dtype} of shape"
+                    f" {(heads, spec.num_tokens, dim)}, each head contiguous, on the CPU, got"
+                    f" {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}."
                 )
 
 

@@ -43,21 +43,22 @@ def is_scaled(dtype: torch.dtype) -> bool:
 
 
 def scale_shape(shape: tuple[int, int, int], is_key: bool) -> tuple[int, ...]:
-    """Shape of the scales of a ``(length, kv_heads, head_dim)`` tensor.
+    """Shape of the scales of a ``(kv_heads, length, head_dim)`` tensor.
 
     Parameters
     ----------
     shape : tuple of int
-        ``(length, kv_heads, head_dim)``.
+        ``(kv_heads, length, head_dim)``.
     is_key : bool
         Keys are scaled per channel, values per token and head.
 
     Returns
     -------
     tuple of int
-        ``(1, kv_heads, head_dim)`` for keys, ``(length, kv_heads, 1)`` for values.
+        ``(kv_heads, 1, head_dim)`` for keys, ``(kv_heads, length, 1)`` for values.
     """
-    return (1, *shape[1:]) if is_key else (*shape[:2], 1)
+    heads, length, dim = shape
+    return (heads, 1, dim) if is_key else (heads, length, 1)
 
 
 def quantize(states: Tensor, dtype: torch.dtype, is_key: bool) -> tuple[Tensor, ...]:
@@ -66,7 +67,7 @@ def quantize(states: Tensor, dtype: torch.dtype, is_key: bool) -> tuple[Tensor, 
     Parameters
     ----------
     states : Tensor
-        ``(length, kv_heads, head_dim)``.
+        ``(kv_heads, length, head_dim)``.
     dtype : torch.dtype
         The stored dtype.
     is_key : bool
@@ -87,7 +88,7 @@ def quantize(states: Tensor, dtype: torch.dtype, is_key: bool) -> tuple[Tensor, 
     if not is_scaled(dtype):
         limit = min(torch.finfo(dtype).max, torch.finfo(states.dtype).max)
         return (states.clamp(-limit, limit).to(dtype),)
-    largest = states.float().abs().amax(dim=0 if is_key else 2, keepdim=True)
+    largest = states.float().abs().amax(dim=1 if is_key else 2, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("states that are not finite cannot be quantised")
     scale = (largest / _SCALED[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
@@ -105,7 +106,7 @@ def dequantize_into(destination: Tensor, stored: tuple[Tensor, ...]) -> None:
     Parameters
     ----------
     destination : Tensor
-        ``(length, kv_heads, head_dim)`` of the model's dtype.
+        ``(kv_heads, length, head_dim)`` of the model's dtype.
     stored : tuple of Tensor
         What `quantize` returned.
     """

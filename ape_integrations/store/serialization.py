@@ -27,7 +27,7 @@ from ape_integrations.store.quantization import (
     stored_dtype,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the bytes of an entry change their meaning."""
 
 _ALIGNMENT = 64
@@ -79,8 +79,8 @@ def _layout(spec: KVSpec, kv_dtype: str) -> tuple[_Tensor, ...]:
     dtype = stored_dtype(kv_dtype, spec.dtype)
     tensors = []
     for index, layer in enumerate(spec.layers):
-        for kind, shape in (("key", layer.key_shape), ("value", layer.value_shape)):
-            name, full = f"layer.{index:03d}.{kind}", (spec.num_tokens, *shape)
+        for kind, (heads, dim) in (("key", layer.key_shape), ("value", layer.value_shape)):
+            name, full = f"layer.{index:03d}.{kind}", (heads, spec.num_tokens, dim)
             tensors.append(_Tensor(name, dtype, full))
             if is_scaled(dtype) and dtype != spec.dtype:
                 scales = scale_shape(full, is_key=kind == "key")
@@ -128,9 +128,12 @@ def _header(key: str, spec: KVSpec, kv_dtype: str) -> bytearray:
     return bytearray(len(body).to_bytes(8, "little") + body)
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """View a contiguous CPU tensor's memory as writable bytes, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+def raw_bytes(tensor: Tensor) -> list[memoryview]:
+    """View a CPU tensor's memory as writable bytes, without a copy; a piece per head if need be."""
+    if tensor.is_contiguous():
+        return [memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")]
+    heads = tensor.view(torch.uint8).numpy()
+    return [memoryview(head.reshape(-1)) for head in heads]
 
 
 def entry_nbytes(key: str, spec: KVSpec, kv_dtype: str = "auto") -> int:
@@ -162,10 +165,11 @@ def serialize(key: str, states: KVStates, kv_dtype: str = "auto") -> list[memory
     """
     dtype = stored_dtype(kv_dtype, states.spec.dtype)
     parts = [
-        raw_bytes(part)
+        piece
         for layer in states.layers
         for tensor, is_key in zip(layer, (True, False), strict=True)
         for part in quantize(tensor, dtype, is_key)
+        for piece in raw_bytes(part)
     ]
     header = _header(key, states.spec, kv_dtype)
     digest = xxhash.xxh3_128(header)
@@ -189,7 +193,7 @@ def deserialize(
     spec : KVSpec
         Shapes and dtype that it must have.
     destination : sequence of tuple of Tensor
-        Per layer key and value slices ``(length, kv_heads, head_dim)``, checked by the caller.
+        Per layer key and value slices ``(kv_heads, length, head_dim)``, checked by the caller.
         Undefined after an error.
     kv_dtype : str
         The `kv_dtype` with which it was written.
@@ -302,7 +306,7 @@ def _read_header(source: Source, expected: bytearray) -> bytes:
 
 def _read(source: Source, tensors: Sequence[Tensor], digest: xxhash.xxh3_128) -> None:
     """Fill tensors from the source and hash what came."""
-    for group in _pieces([raw_bytes(tensor) for tensor in tensors]):
+    for group in _pieces([piece for tensor in tensors for piece in raw_bytes(tensor)]):
         source.readinto(group)
         for piece in group:
             digest.update(piece)
@@ -348,9 +352,9 @@ def _parse(body: bytearray) -> tuple[str, KVSpec, str]:
         metadata = header["__metadata__"]
         layers: list[LayerSpec] = []
         while f"layer.{len(layers):03d}.key" in header:
-            _, *key_shape = header[f"layer.{len(layers):03d}.key"]["shape"]
-            _, *value_shape = header[f"layer.{len(layers):03d}.value"]["shape"]
-            layers.append(LayerSpec(_pair(key_shape), _pair(value_shape)))
+            key_shape = header[f"layer.{len(layers):03d}.key"]["shape"]
+            value_shape = header[f"layer.{len(layers):03d}.value"]["shape"]
+            layers.append(LayerSpec(_heads_and_dim(key_shape), _heads_and_dim(value_shape)))
         spec = KVSpec(int(metadata["num_tokens"]), dtypes[metadata["dtype"]], tuple(layers))
         key, kv_dtype = metadata["key"], metadata["kv_dtype"]
         stored_dtype(kv_dtype, spec.dtype)
@@ -361,8 +365,8 @@ def _parse(body: bytearray) -> tuple[str, KVSpec, str]:
     return key, spec, kv_dtype
 
 
-def _pair(shape: list[object]) -> tuple[int, int]:
-    heads, dim = shape
+def _heads_and_dim(shape: list[object]) -> tuple[int, int]:
+    heads, _, dim = shape
     if type(heads) is not int or type(dim) is not int or heads < 1 or dim < 1:
         raise ValueError
     return heads, dim

@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "ape_integrations.cli"]
 
 
 def states(number: int) -> KVStates:
-    return KVStates([torch.full((4, 1, 8), float(number))], [torch.ones(4, 1, 8)])
+    return KVStates([torch.full((1, 4, 8), float(number))], [torch.ones(1, 4, 8)])
 
 
 @pytest.fixture

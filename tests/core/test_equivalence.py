@@ -135,7 +135,7 @@ def test_plain_and_fused_attention_agree(
     temperature, scale, prefix, lengths, tail, new = 0.8, 1.2, 3, (5, 9, 2), 4, 6
     heads, kv_heads, dim = 6, 2, 8
     layout = ContextLayout(prefix, lengths)
-    states = [torch.randn(n, kv_heads, dim) for n in (prefix, prefix, sum(lengths), sum(lengths))]
+    states = [torch.randn(kv_heads, n, dim) for n in (prefix, prefix, sum(lengths), sum(lengths))]
     layer = APECacheLayer(
         layout, (states[0], states[1]), (states[2], states[3]), temperature, scale
     )
@@ -148,10 +148,11 @@ def test_plain_and_fused_attention_agree(
     )
 
     keys = torch.cat(
-        [states[0].expand(2, -1, -1, -1), states[2].expand(2, -1, -1, -1), layer.keys[:, :10]], 1
+        [states[0].expand(2, -1, -1, -1), states[2].expand(2, -1, -1, -1), layer.keys[:, :, :10]], 2
     ).double()
     values = torch.cat(
-        [states[1].expand(2, -1, -1, -1), states[3].expand(2, -1, -1, -1), layer.values[:, :10]], 1
+        [states[1].expand(2, -1, -1, -1), states[3].expand(2, -1, -1, -1), layer.values[:, :, :10]],
+        2,
     ).double()
     positions = torch.tensor(
         [*range(prefix), *(prefix + i for n in lengths for i in range(n)), *range(12, 22)]
@@ -160,7 +161,7 @@ def test_plain_and_fused_attention_agree(
     context = torch.zeros(len(positions), dtype=torch.bool)
     context[prefix : prefix + sum(lengths)] = True
     logits = torch.einsum(
-        "bhid,bjhd->bhij", query.double(), keys.repeat_interleave(heads // kv_heads, 2)
+        "bhid,bhjd->bhij", query.double(), keys.repeat_interleave(heads // kv_heads, 1)
     )
     logits = logits * 0.3
     logits = torch.where(context, logits / temperature, logits)
@@ -179,7 +180,7 @@ def test_plain_and_fused_attention_agree(
     else:
         weights = logits.softmax(-1)
     expected = torch.einsum(
-        "bhij,bjhd->bhid", weights, values.repeat_interleave(heads // kv_heads, 2)
+        "bhij,bhjd->bhid", weights, values.repeat_interleave(heads // kv_heads, 1)
     )
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
 
@@ -191,7 +192,7 @@ def test_split_keys_equal_one_softmax(total: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     heads, kv_heads, dim, batch, prefix = 6, 2, 8, 3, 4
     layout = ContextLayout(prefix, (total - 100, 100))
-    states = [torch.randn(n, kv_heads, dim, dtype=dtype) for n in (prefix, prefix, total, total)]
+    states = [torch.randn(kv_heads, n, dim, dtype=dtype) for n in (prefix, prefix, total, total)]
     layer = APECacheLayer(layout, (states[0], states[1]), (states[2], states[3]), 0.8, 1.1)
     parts, _ = layer.update(
         torch.randn(batch, kv_heads, 1, dim, dtype=dtype),
@@ -200,11 +201,11 @@ def test_split_keys_equal_one_softmax(total: int, dtype: torch.dtype) -> None:
     query = torch.randn(batch, heads, 1, dim, dtype=dtype)
     output = partitioned_attention(query, parts, scaling=1.0)
     whole = dataclasses.replace(parts, contexts=None)
-    keys = states[2].double().repeat_interleave(heads // kv_heads, 1)
-    logits = torch.einsum("bhid,jhd->bhij", query.double(), keys) / 0.8
+    keys = states[2].double().repeat_interleave(heads // kv_heads, 0)
+    logits = torch.einsum("bhid,hjd->bhij", query.double(), keys) / 0.8
     lse = logits.logsumexp(-1)
     contexts = torch.einsum(
-        "bhij,jhd->bhid", logits.softmax(-1), states[3].double().repeat_interleave(3, 1)
+        "bhij,hjd->bhid", logits.softmax(-1), states[3].double().repeat_interleave(3, 0)
     )
     rest = partitioned_attention(query.double(), _as_double(whole), scaling=1.0)
     rest_keys = torch.cat([p.keys.double().expand(batch, -1, -1, -1) for p in parts.rest], 2)

@@ -133,7 +133,7 @@ def test_attached_model_answers_others_as_before(title: str, kept: int) -> None:
 def test_last_queries_alone_see_what_they_see_among_all(kept: int, window: int | None) -> None:
     """Layers with shared states may leave out queries whose output nobody reads."""
     torch.manual_seed(0)
-    states = [torch.randn(length, 2, 8) for length in (3, 3, 14, 14)]
+    states = [torch.randn(2, length, 8) for length in (3, 3, 14, 14)]
     layer = APECacheLayer(
         ContextLayout(3, (5, 9)), (states[0], states[1]), (states[2], states[3]), 0.8, 1.2
     )

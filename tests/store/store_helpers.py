@@ -35,7 +35,8 @@ def make_states(
     generator = torch.Generator().manual_seed(number)
 
     def tensor(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.randn(tokens, *shape, generator=generator).to(dtype)
+        heads, dim = shape
+        return torch.randn(heads, tokens, dim, generator=generator).to(dtype)
 
     return KVStates(
         [tensor(SHAPES[0]) for _ in range(layers)], [tensor(SHAPES[1]) for _ in range(layers)]

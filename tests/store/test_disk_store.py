@@ -29,7 +29,7 @@ from ape_integrations.store.index import EntryDisk
 from ape_integrations.store.serialization import entry_nbytes
 
 SPEC = spec_of()
-ENTRY = entry_nbytes("v1//auto/0", SPEC)
+ENTRY = entry_nbytes("v2//auto/0", SPEC)
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_verify_finds_and_repairs_everything(directory):
     for number in range(6):
         store.put(KEYS[number], make_states(number))
     names = dict(execute(directory, "SELECT key, filename FROM Cache"))
-    paths = [directory / names[f"v1//auto/{number}"] for number in range(6)]
+    paths = [directory / names[f"v2//auto/{number}"] for number in range(6)]
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     damaged = bytearray(paths[2].read_bytes())
@@ -447,8 +447,8 @@ def test_verify_finds_and_repairs_everything(directory):
     assert orphan.exists() and store.stats().entries == 6
     report = store.verify()
     assert report.checked == 2
-    assert report.missing == ("v1//auto/0",)
-    assert sorted(report.corrupted) == ["v1//auto/1", "v1//auto/2", "v1//auto/3"]
+    assert report.missing == ("v2//auto/0",)
+    assert sorted(report.corrupted) == ["v2//auto/1", "v2//auto/2", "v2//auto/3"]
     assert len(report.orphans) == 1 and not orphan.exists()
     assert len(report.index_errors) == 3
     assert store.verify().clean

@@ -251,7 +251,7 @@ def test_two_format_versions_share_a_directory_without_harm(tmp_path, monkeypatc
     old = DiskKVStore(tmp_path / "kv", 4 * ENTRY)
     old.put("k", make_states(1))
     with monkeypatch.context() as patch:
-        patch.setattr(serialization, "FORMAT_VERSION", 2)
+        patch.setattr(serialization, "FORMAT_VERSION", serialization.FORMAT_VERSION + 1)
         new = DiskKVStore(tmp_path / "kv", 4 * ENTRY)
         assert new.get("k", SPEC) is None
         assert new.put("k", make_states(2))

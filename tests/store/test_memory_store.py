@@ -57,7 +57,7 @@ def _resident_bytes() -> int:
 def test_evicted_entries_give_their_memory_back_to_the_system():
     size = 16 * 2**20
     store = MemoryKVStore(4 * size)
-    template = torch.ones(size // 8, 1, 1)
+    template = torch.ones(1, size // 8, 1)
     before = _resident_bytes()
     for number in range(12):
         store.put(str(number), KVStates([template], [template]))

@@ -14,10 +14,10 @@ TOKENS, HEADS, DIM = 64, 2, 32
 def realistic_states(dtype: torch.dtype = torch.float32) -> KVStates:
     """Return keys with a few channels that are large for every token, as models have them."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(TOKENS, HEADS, DIM, generator=generator)
+    keys = torch.randn(HEADS, TOKENS, DIM, generator=generator)
     keys[:, :, 3] = keys[:, :, 3] * 0.5 + 40
-    values = torch.randn(TOKENS, HEADS, DIM, generator=generator)
-    values[5] *= 30
+    values = torch.randn(HEADS, TOKENS, DIM, generator=generator)
+    values[:, 5] *= 30
     return KVStates([keys.to(dtype)], [values.to(dtype)])
 
 
@@ -33,7 +33,7 @@ def test_rounding_stays_within_the_dtypes_precision(tmp_path, kv_dtype, toleranc
     found = store.get("k", states.spec)
     own = torch.finfo(dtype).eps
     for tensor, expected, axis in (
-        (found.keys[0], states.keys[0], 0),
+        (found.keys[0], states.keys[0], 1),
         (found.values[0], states.values[0], 2),
     ):
         assert tensor.dtype == dtype
@@ -67,7 +67,7 @@ def test_quantised_entries_are_smaller(tmp_path):
 
 
 def test_zero_states_stay_zero(tmp_path):
-    states = KVStates([torch.zeros(4, 1, 8)], [torch.zeros(4, 1, 8)])
+    states = KVStates([torch.zeros(1, 4, 8)], [torch.zeros(1, 4, 8)])
     for kv_dtype in ("int8", "float8_e4m3"):
         store = DiskKVStore(tmp_path / kv_dtype, kv_dtype=kv_dtype)
         store.put("k", states)
@@ -75,7 +75,7 @@ def test_zero_states_stay_zero(tmp_path):
 
 
 def test_states_that_are_not_finite_are_not_quantised(tmp_path, caplog):
-    states = KVStates([torch.full((4, 1, 8), torch.inf)], [torch.zeros(4, 1, 8)])
+    states = KVStates([torch.full((1, 4, 8), torch.inf)], [torch.zeros(1, 4, 8)])
     store = DiskKVStore(tmp_path / "kv", kv_dtype="int8")
     assert not store.put("k", states)
     assert "not finite" in caplog.text
@@ -83,7 +83,7 @@ def test_states_that_are_not_finite_are_not_quantised(tmp_path, caplog):
 
 
 def test_values_beyond_float16_saturate(tmp_path):
-    states = KVStates([torch.full((4, 1, 8), 1e6)], [torch.full((4, 1, 8), -1e6)])
+    states = KVStates([torch.full((1, 4, 8), 1e6)], [torch.full((1, 4, 8), -1e6)])
     store = DiskKVStore(tmp_path / "kv", kv_dtype="float16")
     store.put("k", states)
     found = store.get("k", states.spec)

@@ -61,12 +61,12 @@ def test_entries_are_safetensors_files(kv_dtype, tmp_path):
     path.write_bytes(to_bytes(states, kv_dtype))
     assert path.stat().st_size == entry_nbytes("key", states.spec, kv_dtype)
     tensors = safetensors.torch.load_file(path)
-    assert tensors["layer.001.value"].shape == (33, 2, 4)
+    assert tensors["layer.001.value"].shape == (2, 33, 4)
     if kv_dtype == "auto":
         assert torch.equal(tensors["layer.001.key"], states.keys[1])
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["num_tokens"] == "33" and metadata["format"] == "1"
+    assert metadata["num_tokens"] == "33" and metadata["format"] == "2"
 
 
 def test_large_tensors_are_read_in_pieces():

@@ -60,9 +60,9 @@ def test_states_cannot_be_changed():
         ([], []),
         ([torch.zeros(2, 1, 4)], []),
         ([torch.zeros(2, 4)], [torch.zeros(2, 4)]),
-        ([torch.zeros(2, 1, 4)], [torch.zeros(3, 1, 4)]),
+        ([torch.zeros(1, 2, 4)], [torch.zeros(1, 3, 4)]),
         ([torch.zeros(2, 1, 4)], [torch.zeros(2, 1, 4, dtype=torch.float16)]),
-        ([torch.zeros(0, 1, 4)], [torch.zeros(0, 1, 4)]),
+        ([torch.zeros(1, 0, 4)], [torch.zeros(1, 0, 4)]),
         ([torch.zeros(2, 1, 4, dtype=torch.int8)], [torch.zeros(2, 1, 4, dtype=torch.int8)]),
     ],
 )
@@ -72,7 +72,7 @@ def test_states_that_do_not_fit_together_are_refused(keys, values):
 
 
 def test_copies_do_not_keep_a_batch_alive():
-    batch = torch.zeros(100, 6, 2, 8)
+    batch = torch.zeros(100, 2, 6, 8)
     states = KVStates([batch[0]], [batch[1]]).copy()
     assert states.keys[0].untyped_storage().nbytes() == states.nbytes
     batch.fill_(1)
@@ -106,7 +106,7 @@ def test_destination_that_does_not_fit_is_an_error_not_a_miss(tmp_path):
     store.put("k", make_states())
     good = spec.allocate()
     wrong_dtype = [(k.half(), v.half()) for k, v in good]
-    strided = [(k.transpose(0, 1).contiguous().transpose(0, 1), v) for k, v in good]
+    strided = [(k.transpose(1, 2).contiguous().transpose(1, 2), v) for k, v in good]
     for bad in (good[:1], wrong_dtype, strided, [(v, k) for k, v in good]):
         with pytest.raises(ConfigError):
             store.load("k", spec, bad)
@@ -117,13 +117,13 @@ def test_load_fills_slices_of_a_larger_buffer_and_nothing_else(tmp_path):
     states = make_states(5)
     for store in (DiskKVStore(tmp_path / "kv"), MemoryKVStore("1MB")):
         store.put("k", states)
-        buffers = [(torch.zeros(20, 2, 8), torch.zeros(20, 2, 4)) for _ in range(2)]
-        slices = [(keys[7:13], values[7:13]) for keys, values in buffers]
+        buffers = [(torch.zeros(2, 20, 8), torch.zeros(2, 20, 4)) for _ in range(2)]
+        slices = [(keys[:, 7:13], values[:, 7:13]) for keys, values in buffers]
         assert store.load("k", states.spec, slices)
         assert same(KVStates(*map(list, zip(*slices, strict=True))), states)
         for keys, values in buffers:
-            assert not keys[:7].any() and not keys[13:].any()
-            assert not values[:7].any() and not values[13:].any()
+            assert not keys[:, :7].any() and not keys[:, 13:].any()
+            assert not values[:, :7].any() and not values[:, 13:].any()
 
 
 def test_writing_to_loaded_states_does_not_change_the_store(tmp_path):
