@@ -12,8 +12,17 @@ import pytest
 from langchain_core.runnables import Runnable
 
 from ape_integrations import APELanguageModel, ChatAPE
+from ape_integrations.core import batching
+from ape_integrations.errors import ContextWindowError
 from tests.langchain.helpers import QUESTIONS, TEXTS, Calls, WordRetriever, tiny_chat
 from tests.langchain.pipelines import ANSWER_PROMPT, lcel
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine must not split a batch."""
+    monkeypatch.setattr(batching, "_PATIENCE", 60.0)
+
 
 SIXTEEN = [*QUESTIONS, *(f"Tell me shortly: {question}" for question in QUESTIONS)]
 
@@ -216,6 +225,133 @@ def test_many_threads_load_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None
     prompts = [ANSWER_PROMPT.invoke({"context": "", "input": q}) for q in QUESTIONS]
     assert len(chat.batch(prompts)) == len(QUESTIONS)
     assert len(loads) == 1
+
+
+# Batches over the same documents -----------------------------------------------------------------
+
+EVERYTHING = WordRetriever(k=len(TEXTS))  # the same set for every question, in another order
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_batch_over_the_same_documents_is_one_generation(asynchronous: bool) -> None:
+    one_by_one = lcel(tiny_chat(), EVERYTHING)
+    expected = [one_by_one.invoke(question) for question in QUESTIONS]
+    assert len(set(expected)) > 4
+    chain, calls = lcel(tiny_chat(), EVERYTHING), Calls()
+    if asynchronous:
+        answers = asyncio.run(chain.abatch(list(QUESTIONS), {"callbacks": [calls]}))
+    else:
+        answers = chain.batch(list(QUESTIONS), {"callbacks": [calls]})
+    assert answers == expected
+    assert [report["batch"] for report in calls.reports] == [len(QUESTIONS)] * len(QUESTIONS)
+    assert calls.total("misses") == len(TEXTS)
+    assert calls.total("hits") == (len(QUESTIONS) - 1) * len(TEXTS)
+    assert sorted(calls.texts) == sorted(expected)
+
+
+def together(question: str) -> Any:
+    documents = "\n\n".join(TEXTS)
+    return ANSWER_PROMPT.invoke({"context": documents, "input": question})
+
+
+def known(chat: Any) -> Any:
+    chat.generator.registry.register(TEXTS)
+    return chat
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_each_call_of_a_batch_has_its_own_callbacks_and_config(asynchronous: bool) -> None:
+    chat, handlers = known(tiny_chat()), [Calls() for _ in QUESTIONS]
+    configs: list[Any] = [
+        {"callbacks": [handler], "run_name": f"call {i}"} for i, handler in enumerate(handlers)
+    ]
+    prompts = [together(question) for question in QUESTIONS]
+    if asynchronous:
+        answers = asyncio.run(chat.abatch(prompts, configs))
+    else:
+        answers = chat.batch(prompts, configs)
+    assert [handler.texts for handler in handlers] == [[a.content] for a in answers]
+    for answer, prompt in zip(answers, prompts, strict=True):
+        ape = answer.response_metadata["ape"]
+        assert ape["batch"] == len(QUESTIONS)
+        assert answer.usage_metadata["output_tokens"] == 8
+        assert answer.usage_metadata == chat.invoke(prompt).usage_metadata
+        assert 0 < ape["first_token_seconds"] <= ape["total_seconds"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_error_of_one_call_leaves_the_others_of_its_batch(asynchronous: bool) -> None:
+    chat = known(tiny_chat())
+    prompts = [together(QUESTIONS[0]), together("long " * 9000), together(QUESTIONS[1])]
+
+    def ask(**kwargs: Any) -> list[Any]:
+        if asynchronous:
+            return asyncio.run(chat.abatch(prompts, **kwargs))
+        return chat.batch(prompts, **kwargs)
+
+    first, error, last = ask(return_exceptions=True)
+    assert isinstance(error, ContextWindowError)
+    assert [first.content, last.content] == [
+        chat.invoke(prompt).content for prompt in (prompts[0], prompts[2])
+    ]
+    assert first.response_metadata["ape"]["batch"] == 2
+    with pytest.raises(ContextWindowError):
+        ask()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_max_concurrency_bounds_a_batch(asynchronous: bool) -> None:
+    chat = known(tiny_chat())
+    prompts, config = [together(question) for question in QUESTIONS], {"max_concurrency": 2}
+    if asynchronous:
+        answers = asyncio.run(chat.abatch(prompts, config))
+    else:
+        answers = chat.batch(prompts, config)
+    sizes = [answer.response_metadata["ape"]["batch"] for answer in answers]
+    assert sizes[:2] == [2, 2] and max(sizes) == 2
+    assert [a.content for a in answers] == [chat.invoke(prompt).content for prompt in prompts]
+
+
+def test_calls_of_a_batch_that_stream_are_streamed() -> None:
+    chat = known(tiny_chat(streaming=True))
+    prompts = [together(question) for question in QUESTIONS[:3]]
+    expected = [known(tiny_chat()).invoke(prompt).content for prompt in prompts]
+    answers = chat.batch(prompts)
+    assert [answer.content for answer in answers] == expected
+    assert [answer.response_metadata["ape"]["batch"] for answer in answers] == [1, 1, 1]
+
+
+def test_arguments_of_a_batch_reach_every_call() -> None:
+    chat = known(tiny_chat())
+    prompts = [together(question) for question in QUESTIONS[:4]]
+    whole = [answer.content for answer in chat.batch(prompts)]
+    stop = [whole[0][3]]
+    answers = chat.bind(stop=stop).batch(prompts)
+    assert [answer.content for answer in answers] == [text.split(stop[0])[0] for text in whole]
+    seeded = tiny_chat(temperature=1.3, seed=5, model_kwargs={"top_k": 0})
+    sampled = known(seeded).batch([prompts[0]] * 3)
+    assert {answer.content for answer in sampled} == {seeded.invoke(prompts[0]).content}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_completion_model_answers_a_batch_together(asynchronous: bool) -> None:
+    model = known(APELanguageModel(model=tiny_chat().generator, temperature=0, max_tokens=8))
+    prompts = ["\n\n".join((*TEXTS, question)) for question in QUESTIONS]
+    handlers = [Calls() for _ in prompts]
+    configs: list[Any] = [{"callbacks": [handler]} for handler in handlers]
+    expected = [model.invoke(prompt) for prompt in prompts]
+    if asynchronous:
+        answers = asyncio.run(model.abatch(prompts, configs))
+    else:
+        answers = model.batch(prompts, configs)
+    assert answers == expected
+    assert [handler.texts for handler in handlers] == [[text] for text in expected]
+    assert [handler.reports[0]["batch"] for handler in handlers] == [len(prompts)] * len(prompts)
+    result = model.generate(prompts)
+    assert [row[0].text for row in result.generations] == expected
+    assert [row[0].generation_info["ape"]["batch"] for row in result.generations] == [
+        len(prompts)
+    ] * len(prompts)
 
 
 def test_completion_model_shares_the_engine_of_a_chat_model() -> None:

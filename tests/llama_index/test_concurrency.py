@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -217,6 +218,73 @@ async def test_many_coroutines_get_their_own_answers(llm: APELLM) -> None:
     expected = [llm.complete(text).text for text in prompts]
     answers = await asyncio.gather(*(llm.acomplete(text) for text in prompts))
     assert [answer.text for answer in answers] == expected
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_coroutines_over_the_same_texts_are_answered_together(
+    make_llm: Callable[..., APELLM], calls: Calls, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    questions = [f"{prompt(0, 1, 2)}{number}?" for number in range(5)]
+    alone = make_llm()
+    alone.register_contexts(TEXTS)
+    expected = [
+        alone.chat([user(text)]).message.content if chat else alone.complete(text).text
+        for text in questions
+    ]
+    llm = make_llm()
+    llm.register_contexts(TEXTS)
+    batches = llm.generator._batches
+    run, sizes = batches._run, []
+
+    def held_back(requests: Any) -> Any:
+        """Let the first generation wait until all others wait for it."""
+        sizes.append(len(requests))
+        while len(sizes) == 1 and batches.waiting() < 4:
+            time.sleep(0.001)
+        return run(requests)
+
+    monkeypatch.setattr(batches, "_run", held_back)
+    calls.clear()
+    if chat:
+        answers = await asyncio.gather(*(llm.achat([user(text)]) for text in questions))
+        texts = [answer.message.content for answer in answers]
+    else:
+        answers = await asyncio.gather(*(llm.acomplete(text) for text in questions))
+        texts = [answer.text for answer in answers]
+    assert sizes == [1, 4]
+    assert texts == expected
+    assert len(calls.starts) == len(calls.responses) == 5
+    assert sorted(answer.raw["ape"]["batch"] for answer in answers) == [1, 4, 4, 4, 4]
+    assert {answer.raw["usage"]["completion_tokens"] for answer in answers} == {6}
+    assert sum(answer.raw["ape"]["misses"] for answer in answers) == 3
+
+
+async def test_cancelled_task_leaves_the_others_of_its_batch(
+    make_llm: Callable[..., APELLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [f"{prompt(0, 1, 2)}{number}?" for number in range(4)]
+    llm = make_llm()
+    llm.register_contexts(TEXTS)
+    expected = [llm.complete(text).text for text in questions]
+    batches = llm.generator._batches
+    run, sizes, go = batches._run, [], threading.Event()
+
+    def held_back(requests: Any) -> Any:
+        sizes.append(len(requests))
+        assert go.wait(30)
+        return run(requests)
+
+    monkeypatch.setattr(batches, "_run", held_back)
+    tasks = [asyncio.create_task(llm.acomplete(text)) for text in questions]
+    while batches.waiting() < 3:
+        await asyncio.sleep(0.001)
+    tasks[3].cancel()
+    await asyncio.sleep(0)
+    go.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(answers.pop(), asyncio.CancelledError)
+    assert [answer.text for answer in answers] == expected[:3]
+    assert sum(sizes) in (3, 4)  # the cancelled call may have been the first
 
 
 def test_engine_in_many_threads_finds_its_nodes(llm: APELLM, calls: Calls) -> None:
