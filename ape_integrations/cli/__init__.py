@@ -18,6 +18,7 @@ MODULES = (
     "ape_integrations.cli.maintain",
     "ape_integrations.cli.warm",
     "ape_integrations.cli.measure",
+    "ape_integrations.cli.evaluate",
 )
 """Each has a function ``register(app)``."""
 

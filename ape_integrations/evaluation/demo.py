@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ape_integrations.evaluation import world
+from ape_integrations.errors import ConfigError
+from ape_integrations.evaluation import prompts, world
 from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "Case",
     "Generate",
     "Score",
+    "demo_rows",
     "draw_cases",
     "evaluate",
     "format_table",
+    "select_grid",
     "sequential_generator",
 ]
 
@@ -32,10 +35,10 @@ Generate = Callable[[str, Sequence[str], str], str]
 
 # Kind of question, numbers of documents (examples for few-shot).
 DEFAULT_GRID: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("single", (1, 4, 8, 16, 32)),
-    ("unanswerable", (1, 4, 8, 16)),
-    ("two-hop", (2, 4, 8, 16)),
-    ("follow-up", (4, 8)),
+    ("single", (1, 4, 8, 16, 32, 64)),
+    ("unanswerable", (1, 8, 16, 32)),
+    ("two-hop", (2, 4, 8, 16, 32)),
+    ("follow-up", (4, 8, 16)),
     ("few-shot", (4, 8, 16)),
 )
 
@@ -125,6 +128,54 @@ def draw_cases(
         )
         cases.append(Case(kind, style, prompt, task.turns[-1].answer))
     return cases
+
+
+def demo_rows(
+    tokenizer: Any, grid: Iterable[tuple[str, Sequence[int]]], samples: int, seed: int = 7
+) -> list[list[prompts.Case]]:
+    """Draw the cases of every kind and number of documents, one list each.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Renders the chat prompts.
+    grid : iterable of (str, sequence of int)
+        Kinds, each with its numbers of documents.
+    samples : int
+        Cases per list.
+    seed : int
+        The same seed gives the same cases; fewer samples give the first of them.
+    """
+    return [
+        [
+            prompts.Case(
+                kind,
+                documents,
+                case.prompt.prefix,
+                case.prompt.contexts,
+                case.prompt.query,
+                (case.answer,),
+            )
+            for case in draw_cases(tokenizer, kind, documents, samples, seed=seed)
+        ]
+        for kind, counts in grid
+        for documents in counts
+    ]
+
+
+def select_grid(kinds: Sequence[str] | None) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the rows of :data:`DEFAULT_GRID` that belong to some kinds; None means all.
+
+    Raises
+    ------
+    ConfigError
+        No such kind of question.
+    """
+    known = [kind for kind, _ in DEFAULT_GRID]
+    unknown = [kind for kind in kinds or [] if kind not in known]
+    if unknown:
+        raise ConfigError(f"Unknown kind {unknown[0]!r}. Choose from: {', '.join(known)}.")
+    return [cell for cell in DEFAULT_GRID if not kinds or cell[0] in kinds]
 
 
 def evaluate(

@@ -1,0 +1,182 @@
+"""Every case in every mode, scored and summarised."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from ape_integrations.core.fingerprint import model_fingerprint
+from ape_integrations.evaluation.answers import AnswerLog
+from ape_integrations.evaluation.metrics import METRICS, score_answer
+from ape_integrations.evaluation.modes import Answer, Mode, Runner
+from ape_integrations.evaluation.prompts import Case
+from ape_integrations.evaluation.statistics import (
+    mean_estimate,
+    paired_difference,
+    share_kept,
+)
+
+BASE = "sequential"
+
+Rows = Sequence[Sequence[Case]]
+
+
+def run(runner: Runner, rows: Rows, modes: Sequence[Mode], log: AnswerLog) -> None:
+    """Answer what is not answered yet, case by case and each case in all modes.
+
+    Parameters
+    ----------
+    runner : Runner
+        Answers.
+    rows : sequence of sequences of Case
+        Cases, row by row.
+    modes : sequence of Mode
+        In this order for each case, so that whatever slows the machine down meets all of them.
+    log : AnswerLog
+        Where answers are looked up and kept.
+    """
+    for mode in modes:
+        log.use(mode, mode.as_json(runner.model))
+    steps = [(case, mode) for cases in rows for case in cases for mode in modes]
+    open_steps = [step for step in steps if log.get(*step) is None]
+    if not open_steps:
+        return
+    for mode in modes:  # the first answer of a process pays for what others find loaded
+        runner.answer(mode, open_steps[0][0])
+    with tqdm(
+        total=len(steps),
+        initial=len(steps) - len(open_steps),
+        desc="Evaluating",
+        unit="answer",
+        disable=None,
+    ) as progress:
+        for case, mode in open_steps:
+            log.add(case, mode, runner.answer(mode, case))
+            progress.update()
+
+
+def describe(model: Any, name: str) -> dict[str, Any]:
+    """Return what answers of a model depend on."""
+    return {
+        "model": name,
+        "fingerprint": model_fingerprint(model)[:16],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Return what seconds depend on, as far as it can be named."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summarise(
+    rows: Rows, modes: Sequence[Mode], log: AnswerLog, pattern: str | None = None
+) -> list[dict[str, Any]]:
+    """Score the answers, row by row.
+
+    Parameters
+    ----------
+    rows, modes, log
+        As for :func:`run`, which has run.
+    pattern : str, optional
+        See :func:`~ape_integrations.evaluation.metrics.score_answer`.
+
+    Returns
+    -------
+    list of dict
+        Per row ``task``, ``documents``, ``cases``, ``encode_seconds`` (median over cases, all
+        contexts of a case) and ``modes``: by label what :func:`_mode_summary` returns.
+    """
+    summary = []
+    for cases in rows:
+        answers = {
+            mode.label: [log.get(case, mode) or Answer(None) for case in cases] for mode in modes
+        }
+        scores = {
+            label: [
+                None if answer.text is None else score_answer(answer.text, case.answers, pattern)
+                for case, answer in zip(cases, given, strict=True)
+            ]
+            for label, given in answers.items()
+        }
+        encoded = [a.encode for given in answers.values() for a in given if a.encode is not None]
+        counts = [len(case.contexts) for case in cases]
+        summary.append(
+            {
+                "task": cases[0].task,
+                "documents": cases[0].documents or round(sum(counts) / len(counts), 1),
+                "cases": len(cases),
+                "encode_seconds": _median(encoded) if encoded else None,
+                "modes": {
+                    label: _mode_summary(label, answers, scores) for label in answers
+                },
+            }
+        )  # fmt: skip
+    return summary
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 5)
+
+
+Scores = list[dict[str, float] | None]
+
+
+def _mode_summary(
+    label: str, answers: Mapping[str, list[Answer]], scores: Mapping[str, Scores]
+) -> dict[str, Any]:
+    """Return figures of one mode in one row.
+
+    ``answered`` cases; ``first_token`` and ``total``, median seconds; each metric's mean; and, if
+    there is a sequential run, ``against_sequential``: over the cases that both answered, the ratio
+    of seconds to the first token, and per metric the paired difference and the share kept.
+    """
+    given = [answer for answer in answers[label] if answer.text is not None]
+    row: dict[str, Any] = {"answered": len(given)}
+    if not given:
+        return row
+    row["prompt_tokens"] = round(sum(a.tokens for a in given) / len(given), 1)
+    row["first_token"] = _median([a.first_token for a in given])
+    row["total"] = _median([a.total for a in given])
+    known = [score for score in scores[label] if score is not None]
+    row.update({m: mean_estimate([s[m] for s in known]).as_json() for m in METRICS})
+    if BASE in answers and label != BASE:
+        row["against_sequential"] = _against(label, answers, scores)
+    return row
+
+
+def _against(
+    label: str, answers: Mapping[str, list[Answer]], scores: Mapping[str, Scores]
+) -> dict[str, Any] | None:
+    both = [
+        (mine, base, a.first_token, b.first_token)
+        for mine, base, a, b in zip(
+            scores[label], scores[BASE], answers[label], answers[BASE], strict=True
+        )
+        if mine is not None and base is not None
+    ]
+    if not both:
+        return None
+    result: dict[str, Any] = {
+        "cases": len(both),
+        "first_token": round(_median([p[2] for p in both]) / _median([p[3] for p in both]), 4),
+    }
+    for metric in METRICS:
+        base = [p[1][metric] for p in both]
+        difference = paired_difference([p[0][metric] for p in both], base)
+        kept = share_kept(difference, sum(base) / len(base))
+        result[metric] = {
+            "difference": difference.as_json(),
+            "kept": kept.as_json() if kept is not None else None,
+        }
+    return result
