@@ -14,6 +14,7 @@ that the model used before.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ape_integrations.core import onednn
 from ape_integrations.errors import UnsupportedModelError
 
 #: Pieces into which keys are split for a query of at most so many rows, from so many keys on.
 SPLITS, SPLIT_ROWS, SPLIT_FROM = 16, 32, 1024
+
+#: Keys from which on oneDNN's matrix products are used, and logits that they may hold at a time.
+PRODUCTS_FROM, PRODUCTS_LOGITS = 512, 1 << 22
 
 #: Keys that the plain implementation upcasts at a time; bounds its memory.
 PLAIN_BLOCK = 4096
@@ -380,8 +385,11 @@ def _kernel(
     kernel = _fused_kernel(rows, values, softcap, masked=mask is not None, grouped=False)
     if kernel is None:
         return _plain(rows, keys, values, scale, softcap, mask)
-    if kernel is _flash_cpu and mask is None and _few_rows(rows, keys):
-        return _split_keys(rows, keys, values, scale)
+    if kernel is _flash_cpu and mask is None:
+        if _products_pay(rows, keys, values):
+            return _products_cpu(rows, keys, values, scale)
+        if _few_rows(rows, keys):
+            return _split_keys(rows, keys, values, scale)
     output, lse = kernel(rows, keys, values, scale, mask, False)
     if mask is not None:
         # Fused kernels leave rows that see nothing undefined.
@@ -419,6 +427,38 @@ def _fused_kernel(
         if (half or query.dtype == torch.float32) and not grouped and head_dim % 8 == 0:
             return _efficient_cuda
     return None
+
+
+def _products_pay(rows: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Say whether matrix products by oneDNN beat the fused CPU kernel, which uses the BLAS."""
+    return (
+        rows.dtype == torch.float32
+        and keys.shape[2] >= PRODUCTS_FROM
+        and not torch.is_grad_enabled()
+        and keys[0, 0].is_contiguous()
+        and values[0, 0].is_contiguous()
+        and onednn.pays()
+    )
+
+
+def _products_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
+    """Attend head by head with two matrix products, some rows at a time to stay in the caches."""
+    batch, heads, length, _ = rows.shape
+    output = rows.new_empty(batch, heads, length, values.shape[-1])
+    lse = rows.new_empty(batch, heads, length)
+    step = max(1, PRODUCTS_LOGITS // keys.shape[2])
+    scaled = rows * scale
+    for item, head in itertools.product(range(batch), range(heads)):
+        shared = item if keys.shape[0] > 1 else 0
+        head_keys, head_values = keys[shared, head], values[shared, head].t()
+        for start in range(0, length, step):
+            block = (item, head, slice(start, start + step))
+            logits = onednn.linear(scaled[block], head_keys)
+            weights = logits.softmax(dim=-1)
+            output[block] = onednn.linear(weights, head_values)
+            # The largest weight belongs to the largest logit: exp(logit - lse).
+            lse[block] = logits.amax(dim=-1) - weights.amax(dim=-1).log()
+    return Partial(output, lse)
 
 
 def _few_rows(rows: Tensor, keys: Tensor) -> bool:

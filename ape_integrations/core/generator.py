@@ -43,6 +43,7 @@ from ape_integrations.core.generation import (
 )
 from ape_integrations.core.loading import clear_loading_errors
 from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
+from ape_integrations.core.onednn import onednn_products, prepare_linears
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.recompute import SequenceArranger
@@ -105,6 +106,7 @@ class APEGenerator:
         with unchanged_on_failure(model):
             self.model = model.eval()
             self.info = attach(model)
+            prepare_linears(model)
             self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
             if self.config.self_check:
                 self_check(model, self.info, self._encoder)
@@ -462,6 +464,7 @@ class APEGenerator:
         return GenerationStream(run)
 
     @torch.no_grad()
+    @onednn_products()
     def _run(
         self,
         requests: Sequence[Request],
@@ -550,6 +553,7 @@ class APEGenerator:
         return torch.tensor(ids, device=device), mask
 
     @torch.no_grad()
+    @onednn_products()
     def query_logits(
         self,
         prefix_ids: Sequence[int],

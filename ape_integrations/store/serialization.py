@@ -131,9 +131,9 @@ def _header(key: str, spec: KVSpec, kv_dtype: str) -> bytearray:
 def raw_bytes(tensor: Tensor) -> list[memoryview]:
     """View a CPU tensor's memory as writable bytes, without a copy; a piece per head if need be."""
     if tensor.is_contiguous():
-        return [memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")]
+        return [memoryview(tensor.view(-1).view(torch.uint8).numpy().data)]
     heads = tensor.view(torch.uint8).numpy()
-    return [memoryview(head.reshape(-1)) for head in heads]
+    return [memoryview(head.reshape(-1).data) for head in heads]
 
 
 def entry_nbytes(key: str, spec: KVSpec, kv_dtype: str = "auto") -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from ape_integrations.core import attention, onednn
 from ape_integrations.core.attention import (
     SPLIT_FROM,
     PartitionedStates,
@@ -185,10 +186,18 @@ def test_plain_and_fused_attention_agree(
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [SPLIT_FROM, SPLIT_FROM + 7, 3000])
-def test_split_keys_equal_one_softmax(total: int, dtype: torch.dtype) -> None:
-    """Long contexts are read in pieces while decoding, batch items and groups of heads alike."""
+@pytest.mark.parametrize("products", [False, True])
+def test_long_contexts_equal_one_softmax(
+    total: int, dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in pieces or by plain products while decoding, batch items and head groups alike."""
+    if products and not onednn.available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(onednn, "pays", lambda: products)
+    monkeypatch.setattr(attention, "PRODUCTS_LOGITS", 4 * total)
     torch.manual_seed(2)
     heads, kv_heads, dim, batch, prefix = 6, 2, 8, 3, 4
     layout = ContextLayout(prefix, (total - 100, 100))

@@ -1,0 +1,123 @@
+"""Matrix products by oneDNN: the same results, inside our own generations alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ape_integrations.core import onednn
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.onednn import onednn_products, prepare_linears
+from ape_integrations.core.prepared import PreparedPrompt
+from ape_integrations.store import MemoryKVStore
+from tests.models import byte_tokenizer, tiny_model
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Let oneDNN pay, whatever the processor, and record what it multiplies."""
+    seen: list[torch.Size] = []
+    original = onednn.linear
+
+    def recorded(rows: Any, weight: Any, bias: Any = None) -> Any:
+        seen.append(rows.shape)
+        return original(rows, weight, bias)
+
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "linear", recorded)
+    return seen
+
+
+def test_products_equal_torchs_own(products: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 32, bias=False))
+    fast = copy.deepcopy(plain)
+    prepare_linears(fast)
+    for shape in ((1, 1, 48), (3, 7, 48), (5, 48)):
+        x = torch.randn(shape)
+        with torch.no_grad(), onednn_products():
+            torch.testing.assert_close(fast(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert len(products) == 6
+
+
+def test_everybody_else_gets_torchs_own_bits(products: list[torch.Size]) -> None:
+    layer = nn.Linear(48, 96)
+    x = torch.randn(4, 48)
+    before = layer(x)
+    prepare_linears(layer)
+    assert torch.equal(layer(x), before)
+    with torch.no_grad():
+        assert torch.equal(layer(x), before)
+    with onednn_products():
+        assert torch.equal(layer(x), before), "gradients are wanted"
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), onednn_products():
+        assert layer.double()(x.double()).dtype == torch.float64
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert not products
+
+
+def test_another_thread_is_not_inside(products: list[torch.Size]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with onednn_products(), ThreadPoolExecutor(1) as pool:
+        assert onednn.active()
+        assert not pool.submit(onednn.active).result()
+    assert not onednn.active()
+
+
+def test_prepared_model_stays_an_ordinary_model(products: list[torch.Size]) -> None:
+    model = tiny_model()
+    names, shown = list(model.state_dict()), repr(model)
+    prepare_linears(model)
+    assert list(model.state_dict()) == names and repr(model) == shown
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, expected)
+        assert isinstance(twin.lm_head, nn.Linear)
+
+
+def test_nothing_is_prepared_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: False)
+    layer = nn.Linear(4, 4)
+    prepare_linears(layer)
+    assert type(layer) is nn.Linear
+
+
+def test_subclasses_and_other_dtypes_are_left_alone(products: list[torch.Size]) -> None:
+    class Special(nn.Linear):
+        pass
+
+    layers = nn.ModuleList([Special(4, 4), nn.Linear(4, 4, dtype=torch.float16)])
+    prepare_linears(layers)
+    assert [type(layer) for layer in layers] == [Special, nn.Linear]
+
+
+def test_generation_uses_them_and_gives_the_same_tokens(products: list[torch.Size]) -> None:
+    prompt = PreparedPrompt([5, 6], [list(range(10, 40)), list(range(50, 75))], [7, 8, 9])
+
+    def tokens(model: nn.Module) -> list[int]:
+        generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore(), APEConfig())
+        return generator.generate_ids(prompt, max_new_tokens=12, do_sample=False).token_ids
+
+    model = tiny_model()
+    fast = tokens(model)
+    assert products
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = nn.Linear
+    products.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "pays", lambda: False)
+        assert tokens(model) == fast
+    assert not products
