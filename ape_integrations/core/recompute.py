@@ -27,7 +27,7 @@ from ape_integrations.core.model import ModelInfo, last_logits_only
 from ape_integrations.core.rotation import KeyRotation
 
 #: Leading tokens of a context that are always among the chosen ones.
-_STARTS = 4
+STARTS = 4
 
 #: Queries that attend together: only keys among their own need a mask.
 _BLOCK = 256
@@ -51,7 +51,8 @@ class _Reading:
     last_layer : int or None
         Stop when this layer has its states; None: at the end.
     change : Tensor, optional
-        Squared change of the states of each token in the last layer, ``(length,)``.
+        Squared change of each token's keys and values in the last layer, and the squares of what
+        they were, ``(2, 2, length)``.
     """
 
     indices: Tensor
@@ -167,18 +168,19 @@ class _SequenceLayer(APECacheLayer):
         assert self._contexts is not None
         indices = self._reading.indices.to(key_states.device)
         measured = self._index == self._reading.last_layer
-        change = torch.zeros(len(indices), device=key_states.device)
+        changes, sizes = [], []
         for kept, new in (
             (self._contexts.keys, key_states),
             (self._contexts.values, value_states),
         ):
             if measured:
                 old = kept[0][:, indices].float()
-                squares = (new[0].float() - old).square().sum(dim=(0, 2))
-                change += squares / old.square().mean().clamp_min(1e-12)
+                changes.append((new[0].float() - old).square().sum(dim=(0, 2)))
+                sizes.append(old.square().sum(dim=(0, 2)))
             kept[0][:, indices] = new[0]
         if measured:
-            self._reading.change = change.cpu()
+            pair = torch.stack(changes), torch.stack(sizes)
+            self._reading.change = torch.stack(pair).cpu()
             raise _Collected
         states = SequencedStates(
             [self._prefix],
@@ -223,7 +225,7 @@ class SequenceArranger:
         self._max_batch_tokens = max_batch_tokens
         self._rotation = KeyRotation(model, info, encoder)
         self._forward_kwargs = last_logits_only(model)
-        self._measured_layer = _measured_layer(model, len(info.layers))
+        self.measured_layer = _measured_layer(model, len(info.layers))
 
     @torch.no_grad()
     def arrange(
@@ -264,8 +266,8 @@ class SequenceArranger:
         ids = torch.tensor([token for context in contexts for token in context])
         places = torch.arange(first, layout.total)
         if count < len(places):
-            change = self._read(prefix, layout, layers, ids, places, self._measured_layer)
-            if self._measured_layer == len(layers) - 1:
+            change = self._read(prefix, layout, layers, ids, places, self.measured_layer)
+            if self.measured_layer == len(layers) - 1:
                 return
             places = places[_chosen(change, lengths, count)]
         self._read(prefix, layout, layers, ids, places)
@@ -303,7 +305,12 @@ class SequenceArranger:
             except _Collected:
                 assert reading.change is not None
                 changes.append(reading.change)
-        return torch.cat(changes) if changes else torch.empty(0)
+        if not changes:
+            return torch.empty(0)
+        change, size = torch.cat(changes, dim=-1)
+        # Keys and values count alike, however large they are.
+        relative: Tensor = (change / size.mean(dim=-1, keepdim=True).clamp_min(1e-12)).sum(dim=0)
+        return relative
 
 
 def _measured_layer(model: Any, layers: int) -> int | None:
@@ -324,6 +331,6 @@ def _chosen(change: Tensor, lengths: Sequence[int], count: int) -> Tensor:
     score = change.clone()
     start = 0
     for length in lengths[1:]:
-        score[start : start + min(_STARTS, length)] += change.max() + 1
+        score[start : start + min(STARTS, length)] += change.max() + 1
         start += length
     return score.topk(count).indices.sort().values
