@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint stress bench models clean
+.PHONY: demo test lint stress bench models docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart_llamaindex.py
@@ -22,6 +22,9 @@ stress: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/ape-integrations bench
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 models: $(VENV)/.installed
 	$(BIN)/python tools/support_matrix.py
