@@ -28,7 +28,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": -1}
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine must not split a batch."""
+    """Keep a slow machine from splitting a batch."""
     monkeypatch.setattr(batching, "_PATIENCE", 60.0)
 
 

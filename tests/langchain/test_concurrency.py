@@ -20,7 +20,7 @@ from tests.langchain.pipelines import ANSWER_PROMPT, lcel
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine must not split a batch."""
+    """Keep a slow machine from splitting a batch."""
     monkeypatch.setattr(batching, "_PATIENCE", 60.0)
 
 
