@@ -79,6 +79,7 @@ def _reference_attention(
         weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
+    _STATE.setdefault("weights", []).append(weights)
     output = torch.einsum("bhij,bhjd->bhid", weights, value)
     return output.transpose(1, 2).contiguous(), None
 
@@ -106,6 +107,22 @@ def reference_logits(
             use_cache=False,
         ).logits
     return logits[0, -len(query) :]
+
+
+def reference_mass(
+    model: Any,
+    prefix: Sequence[int],
+    contexts: Sequence[Sequence[int]],
+    query: Sequence[int],
+    temperature: float,
+    scale: float,
+) -> list[float]:
+    """Return the attention of all query tokens, heads and layers to each context."""
+    _STATE["weights"] = []
+    reference_logits(model, prefix, contexts, query, temperature, scale)
+    group = _STATE["plan"].group
+    weights = sum(layer[0].sum(dim=0) for layer in _STATE.pop("weights"))[group == -2]
+    return [float(weights[:, group == number].sum()) for number in range(len(contexts))]
 
 
 def reference_greedy(

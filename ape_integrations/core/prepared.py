@@ -24,12 +24,15 @@ class PreparedPrompt:
         Token ids of each context; equal contexts stand once.
     sequential : bool
         Contexts stand one after the other, and do not share positions.
+    dropped : int
+        Contexts that were left out because others matter more to the query.
     """
 
     prefix: list[int]
     contexts: list[list[int]]
     query: list[int]
     sequential: bool = False
+    dropped: int = 0
 
     @property
     def layout(self) -> ContextLayout:
@@ -41,6 +44,11 @@ class PreparedPrompt:
     def num_tokens(self) -> int:
         """Prompt tokens in all."""
         return len(self.prefix) + sum(map(len, self.contexts)) + len(self.query)
+
+    def flat(self) -> PreparedPrompt:
+        """Return the same tokens in their order as one ordinary prompt."""
+        contexts = [token for ids in self.contexts for token in ids]
+        return PreparedPrompt([], [], [*self.prefix, *contexts, *self.query])
 
     def logical_ids(self) -> list[int]:
         """Return ids of the prompt's logical length: the longest context stands for all."""

@@ -313,7 +313,7 @@ class SequenceArranger:
         return relative
 
 
-def _measured_layer(model: Any, layers: int) -> int | None:
+def _measured_layer(model: Any, layers: int) -> int:
     """Return the layer whose states show which tokens other contexts change.
 
     It stands behind the first layer that looks back without a window, if that comes early.

@@ -8,7 +8,7 @@ import re
 import threading
 from bisect import bisect_right, insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _HEAD = 12  # characters that choose a bucket; a text shorter than this is looked up whole
@@ -142,6 +142,15 @@ _FORMS = (
 )
 
 
+def _score(context: str, known: Mapping[str, float]) -> float | None:
+    """Return the score of a context's text, which may have a label around it."""
+    text = context.strip()
+    if text in known:
+        return known[text]
+    inside = [other for other in known if other in text]
+    return known[max(inside, key=len)] if inside else None
+
+
 class ContextRegistry:
     """Retrieved texts and recent query strings, shared by the threads of one process.
 
@@ -155,7 +164,7 @@ class ContextRegistry:
     max_texts : int
         Texts kept; the least recently registered ones leave first.
     max_queries : int
-        Query strings kept, likewise.
+        Query strings kept, and retrievals whose scores are known, likewise.
     """
 
     def __init__(self, max_texts: int = 20_000, max_queries: int = 256) -> None:
@@ -167,6 +176,7 @@ class ContextRegistry:
     def _reset(self) -> None:
         self._texts: OrderedDict[str, None] = OrderedDict()
         self._queries: OrderedDict[str, None] = OrderedDict()
+        self._scores: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._index = TextIndex()
         self._forms: list[_Form] = []  # those indexed so far
 
@@ -178,7 +188,12 @@ class ContextRegistry:
         with self._lock:
             self._reset()
 
-    def register(self, texts: Iterable[str], query: str | None = None) -> None:
+    def register(
+        self,
+        texts: Iterable[str],
+        query: str | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
         """Remember retrieved texts, and the query string they were retrieved for.
 
         Parameters
@@ -188,6 +203,9 @@ class ContextRegistry:
         query : str, optional
             The query string as it will appear in the prompt. It tells the varying part of a prompt
             from the constant one, from the first request on.
+        scores : mapping of str to float, optional
+            Retrieval scores by text; the higher, the better. Only those of one retrieval are ever
+            compared.
         """
         stripped = [text.strip() for text in texts]
         with self._lock:
@@ -201,6 +219,38 @@ class ContextRegistry:
                 self._queries.move_to_end(query.strip())
                 while len(self._queries) > self._max_queries:
                     self._queries.popitem(last=False)
+            if scores:
+                name = (query or "").strip()
+                self._scores[name] = {text.strip(): score for text, score in scores.items()}
+                self._scores.move_to_end(name)
+                while len(self._scores) > self._max_queries:
+                    self._scores.popitem(last=False)
+
+    def scores(self, contexts: Sequence[str], query: str) -> list[float] | None:
+        """Return the retrieval score of each context, where one retrieval gave them all.
+
+        Parameters
+        ----------
+        contexts : sequence of str
+            Texts as a prompt has them, labels included.
+        query : str
+            What stands behind them. Retrievals whose query string it contains come first, then
+            the latest.
+
+        Returns
+        -------
+        list of float or None
+            None where no retrieval is known that has a score for every context.
+        """
+        with self._lock:
+            retrievals = [(name, dict(scores)) for name, scores in reversed(self._scores.items())]
+        retrievals.sort(key=lambda retrieval: retrieval[0] not in query)
+        for _, known in retrievals:
+            found = [_score(context, known) for context in contexts]
+            scores = [score for score in found if score is not None]
+            if len(scores) == len(contexts):
+                return scores
+        return None
 
     def queries(self, prompt: str = "") -> tuple[str, ...]:
         """Recent query strings, the latest last; also as a prompt's template may rewrite them."""

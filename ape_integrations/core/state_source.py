@@ -33,15 +33,16 @@ _PROGRESS_DELAY = 3.0
 
 @dataclass
 class Figures:
-    """What the cache did for one request; times in seconds since ``start``."""
+    """What the cache did for one request; ``encoded`` in tokens, times in seconds."""
 
     hits: int = 0
     misses: int = 0
+    encoded: int = 0
     bytes_loaded: int = 0
     reused: int = 0
-    dropped: int = 0
     load: float = 0.0
     encode: float = 0.0
+    select: float = 0.0
     recompute: float = 0.0
     first_token: float = 0.0
     start: float = field(default_factory=time.perf_counter)
@@ -299,6 +300,7 @@ class StateSource:
         if not items:
             return
         figures.misses += len(items)
+        figures.encoded += sum(len(item.ids) for item in items)
         tag = self._tag()
         with tqdm(
             total=sum(len(item.ids) for item in items),

@@ -55,7 +55,8 @@ def _generator(model: Any, **config: Any) -> APEGenerator:
 def _sequential(model: Any, contexts: Sequence[Sequence[int]] = CONTEXTS) -> torch.Tensor:
     ids = [*PREFIX, *(token for context in contexts for token in context), *QUERY]
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0, -len(QUERY) :]
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits
+    return logits[0, -len(QUERY) :]
 
 
 def _close(logits: torch.Tensor, expected: torch.Tensor) -> None:
