@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from ape_integrations.errors import ConfigError
 
 Adaptation = Literal["fixed", "count"]
+Prefill = Literal["auto", "cached", "plain"]
 ContextPositions = Literal["shared", "sequential"]
 
 
@@ -58,6 +59,11 @@ class APEConfig:
     draft_tokens : int
         Longest guess that is copied from the contexts and verified in one forward pass; the
         output is the same, sooner where answers quote. 0 turns it off.
+    prefill : {"auto", "cached", "plain"}
+        Whether contexts are read from stored states, or the prompt is prefilled as transformers
+        alone would do it ("plain"), without store and without T and S. "auto" takes the states,
+        unless loading them was seen to take more than twice as long as prefilling (a slow disk,
+        very short contexts). Which way a prompt went stands in its figures as ``plan``.
     self_check : bool
         When a model is attached, compare a dozen tokens behind one context with the model's own
         sequential result, and refuse a model that differs.
@@ -76,6 +82,7 @@ class APEConfig:
     max_batch_tokens: int = 2048
     max_new_tokens: int = 256
     draft_tokens: int = 8
+    prefill: Prefill = "auto"
     self_check: bool = True
 
     @property
@@ -98,7 +105,11 @@ class APEConfig:
             raise ConfigError(
                 f"recompute_ratio must be a number from 0 (off) to 1 (sequential), not {ratio!r}."
             )
-        for name, choices in (("context_positions", ContextPositions), ("adaptation", Adaptation)):
+        for name, choices in (
+            ("context_positions", ContextPositions),
+            ("adaptation", Adaptation),
+            ("prefill", Prefill),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, "

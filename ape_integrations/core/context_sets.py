@@ -107,6 +107,12 @@ class ContextSetPool:
         finally:
             self._release(name, context_set)
 
+    def holds(self, keys: Sequence[str]) -> bool:
+        """Whether the set of these entries, in the order of the buffer, stands assembled."""
+        with self._lock:
+            known = self._sets.get(tuple(keys))
+            return known is not None and known.ready.is_set() and bool(known.layers)
+
     def _acquire(self, name: tuple[str, ...], total: int) -> tuple[ContextSet, bool]:
         with self._lock:
             known = self._sets.get(name)

@@ -42,8 +42,9 @@ class GenerationResult:
         ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
     cache : dict
         ``contexts``, ``hits``, ``misses``, ``bytes_loaded``; ``tokens_reused``: query tokens
-        whose states were kept from an earlier turn over the same contexts; and ``batch``: the
-        questions over these contexts that were answered together with this one, itself included.
+        whose states were kept from an earlier turn over the same contexts; ``batch``: the
+        questions over these contexts that were answered together with this one, itself included;
+        and ``plan``: "cached", or "plain" for a prompt that was prefilled as a whole.
     timings : dict
         Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``first_token``
         (from the call to the first new token) and ``total``.
@@ -53,17 +54,17 @@ class GenerationResult:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
     usage: dict[str, int] = field(default_factory=dict)
-    cache: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
-    def report(self) -> dict[str, int | float]:
+    def report(self) -> dict[str, Any]:
         """Return what the cache did, as responses carry it.
 
         Returns
         -------
         dict
-            ``contexts``, ``hits``, ``misses``, ``bytes_loaded``, and in seconds ``load_seconds``,
-            ``encode_seconds``, ``first_token_seconds``, ``total_seconds``.
+            What ``cache`` holds, and ``load_seconds``, ``encode_seconds``,
+            ``first_token_seconds``, ``total_seconds``.
         """
         return {
             **self.cache,

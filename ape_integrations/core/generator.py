@@ -26,6 +26,7 @@ from transformers import (
 
 from ape_integrations.core.adaptation import adapted
 from ape_integrations.core.batching import Request, SharedBatches, arrive
+from ape_integrations.core.break_even import BreakEven, Plan
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.chat import template_special_tokens, turn_markers
 from ape_integrations.core.config import APEConfig
@@ -48,12 +49,13 @@ from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.recompute import SequenceArranger
 from ape_integrations.core.registry import ContextRegistry
+from ape_integrations.core.selection import attention_mass, best
 from ape_integrations.core.self_check import self_check, sequence_check
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tails import TailMemory
 from ape_integrations.core.tokens import Tokens
-from ape_integrations.errors import ConfigError, UnsupportedModelError
+from ape_integrations.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.store import KVStore, open_store
 
 
@@ -126,6 +128,7 @@ class APEGenerator:
         self._sets = ContextSetPool(self.info, context_set_bytes)
         self._tails = TailMemory(tail_bytes)
         self._batches = SharedBatches(self._run, self.info, batch_bytes)
+        self._break_even = BreakEven()
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._lock = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
@@ -193,7 +196,20 @@ class APEGenerator:
         ConfigError
             A context is empty, or the query, or without contexts the whole prompt.
         """
-        return self._preparer.prepare(prefix, contexts, query)
+        return self._prepare(prefix, contexts, [query])[0]
+
+    def _prepare(
+        self, prefix: str, contexts: Sequence[str], queries: Sequence[str]
+    ) -> list[PreparedPrompt]:
+        """Tokenise prompts over the same contexts; leave out those with low retrieval scores."""
+        kept, limit = contexts, self.config.max_contexts
+        if limit is not None and not isinstance(contexts, str) and len(contexts) > limit:
+            scores = self.registry.scores(contexts, "\n".join(queries))
+            if scores is not None:
+                kept = [contexts[index] for index in best(scores, limit)]
+        dropped = len(contexts) - len(kept)
+        prompts = (self._preparer.prepare(prefix, kept, query) for query in queries)
+        return [replace(prompt, dropped=dropped) for prompt in prompts]
 
     # States -------------------------------------------------------------------------------------
 
@@ -224,11 +240,9 @@ class APEGenerator:
         self._note_prefix(prompt.prefix)
         prefix = self._source.prefix(prompt.prefix, figures)
         keys, contexts = self._ordered(prompt)
-        layout = ContextLayout(
-            len(prompt.prefix), tuple(map(len, contexts)), self.config.sequential
-        )
+        layout = ContextLayout(len(prompt.prefix), tuple(map(len, contexts)), prompt.sequential)
         temperature, scale = adapted(self.config, layout.lengths)
-        name = (self._kind_of_set(), *keys)
+        name = (self._kind_of_set(prompt), *keys)
 
         def fill(target: ContextSet) -> None:
             self._source.fill(prompt.prefix, contexts, keys, target, figures)
@@ -239,7 +253,7 @@ class APEGenerator:
             self._arranger.arrange(prefix, contexts, layers, self.config.recompute_ratio)
             figures.recompute += time.perf_counter() - began
 
-        finish = arrange if self.config.sequential else None
+        finish = arrange if prompt.sequential else None
         with self._sets.borrow(name, layout.total, fill, finish) as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
@@ -256,16 +270,40 @@ class APEGenerator:
     def _ordered(self, prompt: PreparedPrompt) -> tuple[list[str], list[list[int]]]:
         """Return store keys and token ids of a prompt's contexts, in the order of their buffer."""
         keys = self._source.keys(prompt.prefix, prompt.contexts)
-        if self.config.sequential:
+        if prompt.sequential:
             return keys, prompt.contexts
         # Attention does not see the order of contexts, so equal sets are one set.
         keyed = dict(zip(keys, prompt.contexts, strict=True))
         keys = sorted(keyed)
         return keys, [keyed[key] for key in keys]
 
-    def _kind_of_set(self) -> str:
+    def _kind_of_set(self, prompt: PreparedPrompt) -> str:
         """Return what, besides its entries, makes an assembled set what it is."""
-        return f"recomputed {self.config.recompute_ratio}" if self.config.sequential else "shared"
+        return f"recomputed {self.config.recompute_ratio}" if prompt.sequential else "shared"
+
+    def _selected(
+        self,
+        prompt: PreparedPrompt,
+        queries: Sequence[Sequence[int]],
+        new_tokens: int,
+        figures: Figures,
+    ) -> PreparedPrompt:
+        """Keep the contexts that queries pay the most attention to, where there are too many."""
+        limit = self.config.max_contexts
+        if limit is None or len(prompt.contexts) <= limit:
+            return prompt
+        began = time.perf_counter()
+        shared = replace(prompt, sequential=False)
+        with self.assemble(shared, figures) as cache:
+            mass = attention_mass(self.model, self.info, cache, queries)
+        figures.select = time.perf_counter() - began
+        by_ids = dict(zip(map(tuple, self._ordered(shared)[1]), mass, strict=True))
+        scores = [by_ids[tuple(ids)] for ids in prompt.contexts]
+        kept = [prompt.contexts[index] for index in best(scores, limit)]
+        # They are looked up once more, and counted then.
+        figures.hits -= limit
+        dropped = prompt.dropped + len(prompt.contexts) - limit
+        return self._preparer.fit(replace(prompt, contexts=kept, dropped=dropped), new_tokens)
 
     def _note_prefix(self, ids: list[int]) -> None:
         """Remember the prefix, so that texts can be prefetched behind it."""
@@ -419,7 +457,7 @@ class APEGenerator:
             raise ConfigError("queries must be a sequence of at least one string.")
         if not contexts:
             raise ConfigError("A batch shares its contexts, so there must be at least one.")
-        prompts = [self.prepare(prefix, contexts, query) for query in queries]
+        prompts = self._prepare(prefix, contexts, queries)
         return self.generate_batch_ids(prompts, **generation_kwargs)
 
     def generate_batch_ids(
@@ -440,6 +478,8 @@ class APEGenerator:
         # Where contexts have an order, or the query chooses them, sets are not alike.
         ordered = config.recompute_ratio > 0 or config.context_positions != "shared"
         if not prompt.contexts or ordered or config.max_contexts is not None:
+            return None
+        if config.prefill == "plain":
             return None
         shared = settings.shared
         if shared is None:
@@ -472,11 +512,20 @@ class APEGenerator:
         on_sink: Callable[[TokenSink], None] | None = None,
     ) -> list[GenerationResult]:
         """Generate for requests that differ in queries, stop strings and seeds alone."""
+        if self.config.prefill == "plain" and len(requests) > 1:
+            return [self._run([request])[0] for request in requests]
+        began = time.perf_counter()
         settings, figures = requests[0].settings, requests[0].figures
         longest = max((request.prompt for request in requests), key=lambda p: len(p.query))
         fitted = self._preparer.fit(longest, settings.max_new_tokens)
         queries = [request.prompt.query for request in requests]
-        input_ids, mask = self._padded(fitted, queries)
+        fitted = self._selected(fitted, queries, settings.max_new_tokens, figures)
+        plan = self._plan(fitted, len(requests), settings.max_new_tokens)
+        read = fitted
+        if plan == "plain":
+            read = fitted.flat()
+            queries = [read.query]
+        input_ids, mask = self._padded(read, queries)
         rows = [
             Row(TextAssembler(self.tokens, own.stop), cancellations=own.cancellations)
             for own in (request.settings for request in requests)
@@ -506,13 +555,14 @@ class APEGenerator:
             )
             return cast(Tensor, sequences)
 
-        if fitted.contexts:
+        if read.contexts:
             padding = [len(longest.query) - len(query) for query in queries]
-            with self.assemble(fitted, figures, padding) as cache:
+            with self.assemble(read, figures, padding) as cache:
+                began = time.perf_counter()
                 if settings.single and len(queries) == 1:
                     figures.reused = self._tails.restore(cache.name, queries[0], cache)
                 sequences = generate(
-                    past_key_values=cache, **self._drafts(settings, fitted, len(queries))
+                    past_key_values=cache, **self._drafts(settings, read, len(queries))
                 )
                 behind = sequences[0, input_ids.shape[1] - len(queries[0]) :].tolist()
                 self._tails.keep(cache.name, behind, cache)
@@ -520,14 +570,61 @@ class APEGenerator:
             sequences = generate()
         sink.finish(sequences)
         assert sink.first_token_time is not None
+        if len(requests) == 1:
+            self._observe(read, figures, sink.first_token_time - began)
         for request in requests:
             if request.figures is not figures:
                 request.figures.share(figures, len(fitted.contexts))
             request.figures.first_token = sink.first_token_time - request.figures.start
         return [
-            _result(row, replace(fitted, query=request.prompt.query), request.figures, len(rows))
+            _result(
+                row, replace(fitted, query=request.prompt.query), request.figures, len(rows), plan
+            )
             for row, request in zip(rows, requests, strict=True)
         ]
+
+    def _plan(self, prompt: PreparedPrompt, questions: int, new_tokens: int) -> Plan:
+        """Say whether a prompt's contexts come from the store or are prefilled with the rest."""
+        if not prompt.contexts:
+            return "plain"
+        limit, needed = self.info.max_positions, prompt.num_tokens + new_tokens
+        fits = limit is None or needed <= limit
+        if self.config.prefill == "plain":
+            if not fits:
+                raise ContextWindowError(
+                    f"Prompt and new tokens are {needed} tokens, and the model has {limit} "
+                    'positions. Retrieve less, or use prefill="cached": contexts that come from '
+                    "the store share their positions."
+                )
+            return "plain"
+        if self.config.prefill == "cached" or not fits or questions > 1:
+            return "cached"
+
+        def assembled() -> bool:
+            return self._sets.holds((self._kind_of_set(prompt), *self._ordered(prompt)[0]))
+
+        nbytes = self.info.spec(sum(map(len, prompt.contexts))).nbytes
+        return self._break_even.plan(nbytes, len(prompt.contexts), prompt.num_tokens, assembled)
+
+    def _observe(self, read: PreparedPrompt, figures: Figures, seconds: float) -> None:
+        """Learn from one generation what loading and prefilling cost.
+
+        Parameters
+        ----------
+        seconds : float
+            From where prefix and contexts stood ready to the first token.
+        """
+        lengths = [len(ids) for ids in read.contexts]
+        self._break_even.observe_prefill(
+            len(read.query) - figures.reused, sum(lengths) + len(read.query), seconds
+        )
+        if not lengths or not figures.load:
+            return
+        if figures.hits == len(lengths):
+            nbytes = self.info.spec(sum(lengths)).nbytes
+            self._break_even.observe_load(nbytes, len(lengths), figures.load)
+        elif figures.misses == len(lengths):
+            self._break_even.observe_prefill(figures.encoded, max(lengths), figures.encode)
 
     def _drafts(
         self, settings: GenerationSettings, prompt: PreparedPrompt, batch: int
@@ -578,6 +675,7 @@ class APEGenerator:
             raise ConfigError("The query and every context need at least one token.")
         prompt = PreparedPrompt(list(prefix_ids), [list(c) for c in context_ids], list(query_ids))
         prompt = self._preparer.fit(prompt, 0)
+        prompt = self._selected(prompt, [prompt.query], 0, Figures())
         device = self.info.input_device
         if not prompt.contexts:
             ids = torch.tensor([prompt.prefix + prompt.query], device=device)
@@ -614,7 +712,9 @@ class APEGenerator:
         self.store.flush()
 
 
-def _result(row: Row, prompt: PreparedPrompt, figures: Figures, batch: int) -> GenerationResult:
+def _result(
+    row: Row, prompt: PreparedPrompt, figures: Figures, batch: int, plan: Plan
+) -> GenerationResult:
     return GenerationResult(
         text=row.assembler.text,
         token_ids=row.token_ids,
@@ -626,15 +726,18 @@ def _result(row: Row, prompt: PreparedPrompt, figures: Figures, batch: int) -> G
         },
         cache={
             "contexts": len(prompt.contexts),
+            "dropped": prompt.dropped,
             "hits": figures.hits,
             "misses": figures.misses,
             "bytes_loaded": figures.bytes_loaded,
             "tokens_reused": figures.reused,
             "batch": batch,
+            "plan": plan,
         },
         timings={
             "load": figures.load,
             "encode": figures.encode,
+            "select": figures.select,
             "recompute": figures.recompute,
             "first_token": figures.first_token,
             "total": time.perf_counter() - figures.start,
