@@ -116,12 +116,13 @@ def reference_mass(
     query: Sequence[int],
     temperature: float,
     scale: float,
+    last: int,
 ) -> list[float]:
-    """Return the attention of all query tokens, heads and layers to each context."""
+    """Return the attention of the last query tokens, all heads and layers, to each context."""
     _STATE["weights"] = []
     reference_logits(model, prefix, contexts, query, temperature, scale)
     group = _STATE["plan"].group
-    weights = sum(layer[0].sum(dim=0) for layer in _STATE.pop("weights"))[group == -2]
+    weights = sum(layer[0].sum(dim=0) for layer in _STATE.pop("weights"))[group == -2][-last:]
     return [float(weights[:, group == number].sum()) for number in range(len(contexts))]
 
 

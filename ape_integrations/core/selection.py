@@ -21,6 +21,9 @@ from ape_integrations.core.attention import (
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.model import ModelInfo, last_logits_only
 
+#: Tokens at the end of a query whose attention counts.
+LAST = 8
+
 
 def best(scores: Sequence[float], count: int) -> list[int]:
     """Return the indices of the highest scores, ascending; of equal ones, the first."""
@@ -37,7 +40,7 @@ class _MeasuredStates(PartitionedStates):
     layout : ContextLayout
         Where each context begins and ends.
     mass : Tensor
-        Attention that each context got, ``(contexts,)``; added to.
+        Attention that each context got from the last queries, ``(contexts,)``; added to.
     """
 
     layout: ContextLayout = field(kw_only=True)
@@ -75,7 +78,7 @@ class _MeasuredStates(PartitionedStates):
         if sinks is not None:
             others.append(sinks.float().view(1, -1, 1).expand_as(total))
         weights = torch.stack([weight, *others]).softmax(dim=0)[0]
-        mass = (shares * weights).sum(dim=(1, 2, 3)).to(self.mass.device)
+        mass = (shares * weights)[..., -LAST:].sum(dim=(1, 2, 3)).to(self.mass.device)
         self.mass[list(found)] += mass
         output = torch.zeros_like(rest[0].output, dtype=torch.float32)
         for share, (part_output, _) in zip(shares, found.values(), strict=True):
@@ -123,16 +126,18 @@ class _MeasuringCache(Cache):
 def attention_mass(
     model: PreTrainedModel, info: ModelInfo, cache: APECache, queries: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return how much attention queries pay to each context, all layers and heads together.
+    """Return how much attention queries pay to a token of each context, on average.
 
-    Costs a forward pass over each query, with all contexts loaded.
+    All layers and heads count, but only the last tokens of each query: those that are about to
+    answer tell the contexts apart better than all of them. Costs a forward pass over each query,
+    with all contexts loaded.
 
     Parameters
     ----------
     cache : APECache
         Prefix and contexts, and no tail; it has none afterwards.
     queries : sequence of token ids
-        Each counts alike, however long.
+        Each counts alike.
 
     Returns
     -------
@@ -140,10 +145,8 @@ def attention_mass(
         One per context, in the order of the cache.
     """
     measuring = _MeasuringCache(cache)
-    mass = torch.zeros_like(measuring.mass)
     start = cache.layout.query_position
     for query in queries:
-        measuring.mass.zero_()
         ids = torch.tensor([list(query)], device=info.input_device)
         model(
             input_ids=ids,
@@ -152,7 +155,6 @@ def attention_mass(
             use_cache=True,
             **last_logits_only(model),
         )
-        mass += measuring.mass / len(query)
         cache.reset()
-    found: list[float] = mass.tolist()
+    found: list[float] = (measuring.mass / torch.tensor(cache.layout.lengths)).tolist()
     return found

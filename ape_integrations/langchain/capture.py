@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,12 @@ from ape_integrations.langchain.engine import engines
 
 #: Retrievals under way at the same time; more can only be left over from crashed ones.
 _MAX_RUNNING = 4096
+
+
+def relevance_scores(documents: Sequence[Document]) -> dict[str, float]:
+    """Return the scores that rerankers leave in the metadata of documents, by text."""
+    found = ((d.page_content, d.metadata.get("relevance_score")) for d in documents)
+    return {text: float(score) for text, score in found if isinstance(score, Real)}
 
 
 class RetrievalCapture(BaseCallbackHandler):
@@ -48,9 +55,10 @@ class RetrievalCapture(BaseCallbackHandler):
         """Register the documents."""
         query = self._forget(run_id)
         texts = [document.page_content for document in documents]
+        scores = relevance_scores(documents)
         for engine in engines():
             if engine.settings.capture:
-                engine.register(texts, query)
+                engine.register(texts, query, scores)
 
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the query."""

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, field_validator
 from tqdm.auto import tqdm
 
 from ape_integrations.errors import ConfigError
+from ape_integrations.langchain.capture import relevance_scores
 from ape_integrations.langchain.chat_model import ChatAPE
 from ape_integrations.langchain.settings import APESettings
 
@@ -88,7 +89,8 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
         return self.transform_documents(documents)
 
     def _register(self, documents: Sequence[Document], query: str | None) -> None:
-        self.model._engine.register([document.page_content for document in documents], query)
+        texts = [document.page_content for document in documents]
+        self.model._engine.register(texts, query, relevance_scores(documents))
 
     # Ahead of time ------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,7 +126,8 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self._generator: APEGenerator | None = None
-        self._pending: deque[tuple[list[str], str | None]] = deque(maxlen=_MAX_PENDING)
+        self._pending: deque[tuple[list[str], str | None, Mapping[str, float] | None]]
+        self._pending = deque(maxlen=_MAX_PENDING)
         self._lock = threading.Lock()
 
     @property
@@ -142,7 +143,12 @@ class Engine:
                             generator.registry.register(*self._pending.popleft())
         return self._generator
 
-    def register(self, texts: Sequence[str], query: str | None = None) -> None:
+    def register(
+        self,
+        texts: Sequence[str],
+        query: str | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
         """Note retrieved texts, and start fetching their states where the model is loaded.
 
         Parameters
@@ -151,12 +157,14 @@ class Engine:
             Texts as the prompt will contain them.
         query : str, optional
             What they were retrieved for.
+        scores : mapping of str to float, optional
+            Their retrieval scores by text, by which ``APEConfig.max_contexts`` chooses.
         """
         with self._lock:
             if self._generator is None:
-                self._pending.append((list(texts), query))
+                self._pending.append((list(texts), query, scores))
                 return
-        self._generator.registry.register(texts, query)
+        self._generator.registry.register(texts, query, scores)
         self._generator.prefetch(texts, encode=False)
 
     def __reduce__(self) -> tuple[Any, ...]:

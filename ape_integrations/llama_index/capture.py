@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -51,6 +51,15 @@ def node_text(node: BaseNode | NodeWithScore) -> str:
     return inner.get_content(metadata_mode=MetadataMode.LLM).strip()
 
 
+def node_scores(nodes: Iterable[BaseNode | NodeWithScore]) -> dict[str, float]:
+    """Return the retrieval scores of nodes that have one, by text."""
+    return {
+        node_text(node): node.score
+        for node in nodes
+        if isinstance(node, NodeWithScore) and node.score is not None
+    }
+
+
 def listen(generator: LazyGenerator) -> None:
     """Register captured texts with a generator as long as it lives."""
     root = get_dispatcher()
@@ -63,14 +72,20 @@ def listen(generator: LazyGenerator) -> None:
             root.add_span_handler(_spans)
 
 
-def _register(texts: Iterable[str], query: Any = None) -> None:
+def _register_nodes(nodes: Sequence[BaseNode | NodeWithScore], query: Any = None) -> None:
+    _register(map(node_text, nodes), query, node_scores(nodes))
+
+
+def _register(
+    texts: Iterable[str], query: Any = None, scores: Mapping[str, float] | None = None
+) -> None:
     try:
         kept = [text for text in texts if text.strip()]
         text = query.query_str if isinstance(query, QueryBundle) else query
         with _lock:
             listeners = list(_listeners)
         for listener in listeners:
-            listener.register(kept, text if isinstance(text, str) else None)
+            listener.register(kept, text if isinstance(text, str) else None, scores)
     except Exception:
         # The dispatcher would swallow it; reuse is lost for this text, the answer is not.
         logger.warning("Retrieved texts could not be captured.", exc_info=True)
@@ -85,7 +100,7 @@ class _EventCapture(BaseEventHandler):
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
         if isinstance(event, RetrievalEndEvent):
-            _register(map(node_text, event.nodes), event.str_or_query_bundle)
+            _register_nodes(event.nodes, event.str_or_query_bundle)
         elif isinstance(event, RetrievalStartEvent):
             _register((), event.str_or_query_bundle)
         elif isinstance(event, QueryStartEvent):
@@ -112,7 +127,7 @@ class _SpanCapture(BaseSpanHandler[BaseSpan]):
             return
         method, arguments = _method(id_), bound_args.arguments
         if method in _SYNTHESIS:
-            _register(map(node_text, arguments.get("nodes", ())), arguments.get("query"))
+            _register_nodes(arguments.get("nodes", ()), arguments.get("query"))
         elif method in _RESPONSE and _method(parent_span_id) not in (*_SYNTHESIS, *_RESPONSE):
             _register(arguments.get("text_chunks", ()), arguments.get("query_str"))
 

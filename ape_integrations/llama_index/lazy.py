@@ -73,6 +73,9 @@ class Source:
         return self.model.config.name_or_path or type(self.model).__name__
 
 
+Scores = Mapping[str, float] | None
+
+
 @dataclass
 class Pipeline:
     """What is known about the prompts that a pipeline builds around what it retrieved.
@@ -112,7 +115,7 @@ class LazyGenerator:
         self._max_positions: list[int | None] = []
         self._lock = threading.RLock()  # loading, which takes long
         self._notes = threading.Lock()  # what is noted meanwhile
-        self._pending: deque[tuple[tuple[str, ...], str | None]] = deque(maxlen=_KEPT)
+        self._pending: deque[tuple[tuple[str, ...], str | None, Scores]] = deque(maxlen=_KEPT)
         self._awaited: deque[tuple[Pipeline, frozenset[str]]] = deque(maxlen=_AWAITED)
         self._loading: threading.Thread | None = None
 
@@ -145,8 +148,8 @@ class LazyGenerator:
                     generator = self._load()
                     self._tokenizer = generator.tokenizer
                     with self._notes:
-                        for texts, query in self._pending:
-                            generator.registry.register(texts, query)
+                        for noted in self._pending:
+                            generator.registry.register(*noted)
                         self._pending.clear()
                         self._generator = generator
         return self._generator
@@ -230,14 +233,16 @@ class LazyGenerator:
 
     # Retrieved texts ------------------------------------------------------------------------------
 
-    def register(self, texts: Iterable[str], query: str | None = None) -> None:
-        """Hand retrieved texts and the query string to the model's registry, now or on loading."""
+    def register(
+        self, texts: Iterable[str], query: str | None = None, scores: Scores = None
+    ) -> None:
+        """Hand retrieved texts, query and scores to the model's registry, now or on loading."""
         kept = tuple(texts)
         with self._notes:
             if self._generator is None:
-                self._pending.append((kept, query))
+                self._pending.append((kept, query, scores))
             else:
-                self._generator.registry.register(kept, query)
+                self._generator.registry.register(kept, query, scores)
 
     def expect(self, pipeline: Pipeline, texts: Sequence[str]) -> None:
         """Tell a pipeline what the next prompt with one of these texts looks like."""

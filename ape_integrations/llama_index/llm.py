@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,10 @@ class APELLM(CustomLLM):
         Tokens that end a generation besides the model's own.
     tokenizer_outputs_to_remove : list of str, optional
         Accepted for compatibility: nothing but token ids is taken from the tokenizer.
-    attention_temperature, scaling_factor : float
+    attention_temperature, scaling_factor : float, optional
         T and S of APE, see ``APEConfig``.
+    ape_config : APEConfig, optional
+        All settings of APE at once, instead of the two above.
     store : KVStore, str or Path, optional
         Where states are kept; a path is a directory.
     cache_dir : str or Path, optional
@@ -135,6 +137,7 @@ class APELLM(CustomLLM):
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="For generating.")
     attention_temperature: float = Field(default=0.9, description="T of APE.")
     scaling_factor: float = Field(default=0.9, description="S of APE.")
+    ape_config: APEConfig | None = Field(default=None, description="All settings of APE.")
     cache_dir: str | None = Field(default=None, description="Directory of the store.")
     capture: bool = Field(default=True, frozen=True, description="Learn texts from events.")
 
@@ -161,8 +164,9 @@ class APELLM(CustomLLM):
         is_chat_model: bool | None = None,
         stopping_ids: list[int] | None = None,
         tokenizer_outputs_to_remove: list[str] | None = None,
-        attention_temperature: float = APEConfig.attention_temperature,
-        scaling_factor: float = APEConfig.scaling_factor,
+        attention_temperature: float | None = None,
+        scaling_factor: float | None = None,
+        ape_config: APEConfig | Mapping[str, Any] | None = None,
         store: KVStore | str | Path | None = None,
         cache_dir: str | Path | None = None,
         capture: bool = True,
@@ -183,12 +187,11 @@ class APELLM(CustomLLM):
                 tokenizer=tokenizer,
                 store=store,
                 cache_dir=cache_dir,
+                ape_config=ape_config,
             )
             model, config = generator.model, generator.config
         else:
-            config = APEConfig(
-                attention_temperature=attention_temperature, scaling_factor=scaling_factor
-            )
+            config = _config(ape_config, attention_temperature, scaling_factor)
         source = Source(
             model_name=model_name,
             tokenizer_name=tokenizer_name,
@@ -221,6 +224,7 @@ class APELLM(CustomLLM):
             tokenizer_outputs_to_remove=tokenizer_outputs_to_remove or [],
             attention_temperature=config.attention_temperature,
             scaling_factor=config.scaling_factor,
+            ape_config=None if ape_config is None else config,
             cache_dir=None if cache_dir is None else str(cache_dir),
             capture=capture,
             callback_manager=callback_manager,
@@ -280,7 +284,12 @@ class APELLM(CustomLLM):
         store = "" if source.is_portable or source.store is None else f" in {id(source.store)}"
         return f"{self.metadata.model_name}{store}"
 
-    def register_contexts(self, texts: Iterable[str], query: str | None = None) -> None:
+    def register_contexts(
+        self,
+        texts: Iterable[str],
+        query: str | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
         """Make retrieved texts known, so that they are found in the next prompts.
 
         Parameters
@@ -289,8 +298,10 @@ class APELLM(CustomLLM):
             Texts as they will stand in a prompt.
         query : str, optional
             The query string that they were retrieved for.
+        scores : mapping of str to float, optional
+            Their retrieval scores by text, by which ``APEConfig.max_contexts`` chooses.
         """
-        self._lazy.register(texts, query)
+        self._lazy.register(texts, query, scores)
 
     def prefetch(self, texts: Sequence[str], pipeline: Pipeline | None = None) -> None:
         """Start loading the model, and texts' states, in the background; returns at once.
@@ -454,6 +465,23 @@ class APELLM(CustomLLM):
         """Answer a conversation piece by piece; closing the generator stops the model."""
         stream = await run_generation(lambda _: self._open(self.render_messages(messages), kwargs))
         return aread(stream, chat_piece, chat_answer)
+
+
+def _config(
+    ape_config: APEConfig | Mapping[str, Any] | None,
+    attention_temperature: float | None,
+    scaling_factor: float | None,
+) -> APEConfig:
+    """Put APE's settings together; a serialised LLM has them twice."""
+    given = {"attention_temperature": attention_temperature, "scaling_factor": scaling_factor}
+    given = {name: value for name, value in given.items() if value is not None}
+    if ape_config is None:
+        return APEConfig(**given)  # type: ignore[arg-type]
+    config = ape_config if isinstance(ape_config, APEConfig) else APEConfig(**ape_config)
+    doubled = [name for name, value in given.items() if value != getattr(config, name)]
+    if doubled:
+        raise ConfigError(f"ape_config and {', '.join(doubled)} say the same thing: pass one.")
+    return config
 
 
 def _refuse_besides_generator(**arguments: Any) -> None:

@@ -6,7 +6,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from ape_integrations.llama_index.capture import node_text
+from ape_integrations.llama_index.capture import node_scores, node_text
 from ape_integrations.llama_index.lazy import Pipeline
 from ape_integrations.llama_index.llm import APELLM
 
@@ -41,7 +41,8 @@ class APENodePostprocessor(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         texts = [text for text in map(node_text, nodes) if text]
-        self.llm.register_contexts(texts, query_bundle.query_str if query_bundle else None)
+        query = query_bundle.query_str if query_bundle else None
+        self.llm.register_contexts(texts, query, node_scores(nodes))
         if texts:
             self.llm.prefetch(texts, self._pipeline)
         return nodes
