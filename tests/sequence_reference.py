@@ -9,7 +9,6 @@ keys and values of their context alone. It shares no code with the package.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,7 +173,7 @@ def _choose(
     row: _Sequence, moved: States, fresh: States, ratio: float, layer: int, starts: int
 ) -> list[int]:
     places = list(range(row.lengths[0], row.total))
-    count = math.ceil(ratio * len(places))
+    count = round(ratio * len(places))
     change = torch.zeros(len(row.ids), dtype=torch.float64)
     behind = slice(row.prefix + row.lengths[0], row.prefix + row.total)
     for old, new in zip(moved[layer], fresh[layer], strict=True):

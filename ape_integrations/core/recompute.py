@@ -10,7 +10,6 @@ sequential encoding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -260,14 +259,14 @@ class SequenceArranger:
         self._rotation.move(
             [keys[:, first:] for keys, _ in layers], shared[first:], layout.positions(cpu)[first:]
         )
-        count = math.ceil(ratio * (layout.total - first))
-        if not count:
+        if not ratio:
             return
+        count = round(ratio * (layout.total - first))
         ids = torch.tensor([token for context in contexts for token in context])
         places = torch.arange(first, layout.total)
         if count < len(places):
             change = self._read(prefix, layout, layers, ids, places, self.measured_layer)
-            if self.measured_layer == len(layers) - 1:
+            if not count or self.measured_layer == len(layers) - 1:
                 return
             places = places[_chosen(change, lengths, count)]
         self._read(prefix, layout, layers, ids, places)
