@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from ape_integrations.benchmark.report import print_table, save_plot
+from ape_integrations.benchmark.growth import DEFAULT_MODES, SIZES, Source, growth
+from ape_integrations.benchmark.growth import MODES as GROWTH_MODES
+from ape_integrations.benchmark.report import print_growth, print_table, save_growth, save_plot
 from ape_integrations.benchmark.runner import MODES, Benchmark, Workload
-from ape_integrations.benchmark.shapes import SHAPES, random_model
+from ape_integrations.benchmark.shapes import SHAPES, load_model
 from ape_integrations.errors import ConfigError
 
 
@@ -31,8 +33,23 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--context-tokens", type=int, default=512, help="tokens of each context")
     parser.add_argument("--query-tokens", type=int, default=40)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--turn-tokens", type=int, default=24, help="of a chat's second question")
+    parser.add_argument(
+        "--growth",
+        type=int,
+        nargs="*",
+        metavar="TOKENS",
+        help="time and memory over so many context tokens in all, each in a fresh process "
+        f"(default: {' '.join(map(str, SIZES))})",
+    )
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        metavar="MODE",
+        help=f"of: {', '.join(MODES)}; with --growth: {', '.join(GROWTH_MODES)}",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -52,49 +69,31 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         parser.error(str(error))
     if arguments.as_json:
         print(json.dumps(report, indent=2))
+    elif arguments.growth is not None:
+        print_growth(report["results"])
     else:
         print_table(report["results"])
     if arguments.plot is not None:
-        save_plot(report["results"], arguments.plot)
+        save = save_plot if arguments.growth is None else save_growth
+        save(report["results"], arguments.plot)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what the arguments ask for."""
-    if (
-        min(
-            *arguments.contexts,
-            arguments.context_tokens,
-            arguments.query_tokens,
-            arguments.new_tokens,
-            arguments.repetitions,
-        )
-        < 1
-    ):
+    counts = (
+        *arguments.contexts,
+        *(arguments.growth or ()),
+        arguments.context_tokens,
+        arguments.query_tokens,
+        arguments.new_tokens,
+        arguments.turn_tokens,
+        arguments.repetitions,
+    )
+    if min(counts) < 1:
         raise ConfigError("Counts and lengths must be at least 1.")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-        model.to(arguments.device)
-    else:
-        model, tokenizer = random_model(arguments.shape, dtype, arguments.device)
-    benchmark = Benchmark(model, tokenizer, arguments.modes, arguments.directory)
-    results = [
-        benchmark.run(
-            Workload(
-                contexts=count,
-                context_tokens=arguments.context_tokens,
-                query_tokens=arguments.query_tokens,
-                new_tokens=arguments.new_tokens,
-            ),
-            arguments.repetitions,
-        )
-        for count in arguments.contexts
-    ]
+    results = _compare(arguments) if arguments.growth is None else _grow(arguments)
     return {
         "model": arguments.model or f"{arguments.shape} (random weights)",
         "dtype": arguments.dtype,
@@ -103,6 +102,42 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "results": results,
     }
+
+
+def _workload(arguments: argparse.Namespace, contexts: int) -> Workload:
+    return Workload(
+        contexts=contexts,
+        context_tokens=arguments.context_tokens,
+        query_tokens=arguments.query_tokens,
+        new_tokens=arguments.new_tokens,
+        turn_tokens=arguments.turn_tokens,
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all modes side by side in this process."""
+    model, tokenizer = load_model(
+        arguments.model, arguments.shape, arguments.dtype, arguments.device
+    )
+    benchmark = Benchmark(model, tokenizer, arguments.modes or tuple(MODES), arguments.directory)
+    return [
+        benchmark.run(_workload(arguments, count), arguments.repetitions)
+        for count in arguments.contexts
+    ]
+
+
+def _grow(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure how time and memory grow, each size in a process of its own."""
+    unknown = [mode for mode in arguments.modes or () if mode not in GROWTH_MODES]
+    if unknown:
+        raise ConfigError(f"--growth knows no mode {unknown[0]!r}: {', '.join(GROWTH_MODES)}.")
+    size = arguments.context_tokens
+    workloads = [_workload(arguments, max(1, total // size)) for total in arguments.growth or SIZES]
+    source = Source(
+        arguments.model, arguments.shape, arguments.dtype, arguments.device, arguments.threads
+    )
+    modes = arguments.modes or DEFAULT_MODES
+    return growth(source, workloads, modes, arguments.repetitions, arguments.directory)
 
 
 def _device_name(device: str) -> str:

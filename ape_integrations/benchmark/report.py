@@ -44,6 +44,57 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
         console.print(table)
 
 
+def print_growth(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print what each size took: time to first token, and memory beyond the model's.
+
+    "KV" are all copies of the states that a mode holds: one where they come from disk, two where a
+    store keeps them in memory as well. "x KV" is the peak beyond the model's memory, divided by
+    them; query, answer and working memory are part of it.
+    """
+    table = Table(title="Growth with the context tokens; each row in a fresh process")
+    table.add_column("mode", no_wrap=True)
+    for name in ("tokens", "1st token", "per 1K", "model", "KV", "peak", "x KV"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: str(row["mode"])):
+        tokens = _context_tokens(row)
+        table.add_row(
+            row["mode"],
+            str(tokens),
+            _seconds(row["first_token"]),
+            _seconds(row["first_token"] / tokens * 1024),
+            _megabytes(row["model_bytes"]),
+            _megabytes(row["kv_in_use"]),
+            _megabytes(row["peak_bytes"]),
+            "" if row["overhead"] is None else f"{row['overhead']:.2f}",
+        )
+    (console or Console()).print(table)
+
+
+def save_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot time to first token over context tokens, as `save_plot` does.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
+    results: dict[int, dict[str, Any]] = {}
+    for row in sorted(rows, key=_context_tokens):
+        result = results.setdefault(
+            _context_tokens(row), {"workload": row["workload"], "modes": {}}
+        )
+        result["modes"][row["mode"]] = row
+    save_plot(list(results.values()), path)
+
+
+def _context_tokens(row: dict[str, Any]) -> int:
+    return int(row["workload"]["contexts"] * row["workload"]["context_tokens"])
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e6:.0f} MB"
+
+
 def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot time to first token over context tokens, both axes logarithmic.
 

@@ -17,15 +17,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
+from ape_integrations.benchmark.memory import peak_bytes, reset_peak
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.onednn import onednn_products
 from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.store import DiskKVStore, MemoryKVStore
 
 #: What each mode is; the order of a run.
 MODES = {
     "sequential": "the whole prompt in one prefill (transformers, the model's own attention)",
+    "sequential, oneDNN": "the same with the matrix products that APE's runs use on this CPU",
     "prefix cache": "transformers' DynamicCache reused: same documents in the same order",
     "ape cold": "every context encoded, nothing stored yet",
     "ape disk": "states from disk, page cache warm, contexts assembled anew",
@@ -48,6 +52,8 @@ class Workload:
         Number of contexts and tokens of each.
     prefix_tokens, query_tokens, new_tokens : int
         Tokens before and behind the contexts, and to generate.
+    turn_tokens : int
+        Tokens of a chat's second question, its turn's markers included.
     """
 
     contexts: int = 16
@@ -55,6 +61,7 @@ class Workload:
     prefix_tokens: int = 20
     query_tokens: int = 40
     new_tokens: int = 32
+    turn_tokens: int = 24
 
     def prompt(self, vocabulary: int, seed: int) -> PreparedPrompt:
         """Return random token ids of these sizes."""
@@ -185,7 +192,7 @@ class _Session:
         self._vocabulary = vocabulary
         self._folder = Path(folder)
         self._disk = DiskKVStore(self._folder / "store", size_limit="1TB")
-        config = APEConfig()
+        config = APEConfig(prefill="cached")  # each mode is what it says, however slow
         self._ram = MemoryKVStore("1TB")
         self._on_disk = APEGenerator(model, tokenizer, self._disk, config)
         self._in_ram = APEGenerator(model, tokenizer, self._ram, config)
@@ -196,6 +203,7 @@ class _Session:
         self.kv_bytes = self._on_disk.info.spec(self._prompt.layout.total).nbytes
         self._steps: dict[str, Callable[[], Any]] = {
             "sequential": self._sequential,
+            "sequential, oneDNN": lambda: self._generate(self._on_disk, self._plain_prompt()),
             "prefix cache": self._prefix,
             "ape cold": self._cold,
             "ape disk": lambda: self._warm(self._on_disk),
@@ -216,7 +224,7 @@ class _Session:
     def measure(self, mode: str, figures: Measurement) -> None:
         """Run ``mode`` once and add what it took."""
         gc.collect()
-        _reset_peak()
+        reset_peak()
         if mode == "floor":
             figures.first_token.append(self._floor())
         else:
@@ -227,7 +235,7 @@ class _Session:
             if len(result.token_ids) > 1:
                 figures.decode.append((total - first) / (len(result.token_ids) - 1))
             figures.bytes_loaded = max(figures.bytes_loaded, result.cache["bytes_loaded"])
-        peak = _peak_bytes()
+        peak = peak_bytes()
         if peak is not None:
             figures.peak_bytes = max(peak, figures.peak_bytes or 0)
 
@@ -241,8 +249,24 @@ class _Session:
         prompt = self._prompt
         return [*prompt.prefix, *(i for c in prompt.contexts for i in c), *prompt.query]
 
+    def _plain_prompt(self) -> PreparedPrompt:
+        return PreparedPrompt([], [], self._flat())
+
     def _sequential(self) -> Any:
-        return self._generate(self._on_disk, PreparedPrompt([], [], self._flat()))
+        """Generate as transformers does, with nothing of ours in between."""
+        ids = torch.tensor([self._flat()], device=self._on_disk.info.input_device)
+        count, times = self._workload.new_tokens, _TokenTimes()
+        start = time.perf_counter()
+        self._on_disk.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            streamer=times,
+        )
+        total = time.perf_counter() - start
+        return _Plain(times.first - start, total, count)
 
     def _prefix(self) -> Any:
         """Reuse a cache of prefix and contexts as transformers alone can."""
@@ -293,8 +317,9 @@ class _Session:
 
     def _chat(self) -> Any:
         first = self._warm(self._on_disk)
-        turn = self._asking(3).query
-        history = [*self._prompt.query, *first.token_ids, *turn]
+        turn = replace(self._workload, query_tokens=self._workload.turn_tokens)
+        question = turn.prompt(self._vocabulary, seed=3).query
+        history = [*self._prompt.query, *first.token_ids, *question]
         return self._generate(self._on_disk, replace(self._prompt, query=history))
 
     def _batch(self) -> Any:
@@ -317,7 +342,7 @@ class _Session:
         generator, prompt = self._in_ram, self._prompt
         start = prompt.layout.query_position
         device = generator.info.input_device
-        with torch.no_grad(), generator.assemble(prompt) as cache:
+        with torch.no_grad(), onednn_products(), generator.assemble(prompt) as cache:
             began = time.perf_counter()
             generator.model(
                 input_ids=torch.tensor([prompt.query], device=device),
@@ -328,6 +353,22 @@ class _Session:
             ).logits.argmax().item()
             forward = time.perf_counter() - began
         return forward + self.kv_bytes / self._copy.bytes_per_second(self.kv_bytes)
+
+
+class _TokenTimes(BaseStreamer):  # type: ignore[misc, unused-ignore]
+    """Notes when the first new token came; the prompt itself comes before it."""
+
+    def __init__(self) -> None:
+        self._pieces = 0
+        self.first = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._pieces += 1
+        if self._pieces == 2:
+            self.first = time.perf_counter()
+
+    def end(self) -> None:
+        pass
 
 
 @dataclass
@@ -382,24 +423,3 @@ def _drop_page_cache(folder: Path) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_bytes() -> int | None:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ape_integrations.errors import ConfigError
 
@@ -72,3 +78,15 @@ def random_model(
         unk_token="t0 ",
     )
     return model, tokenizer
+
+
+def load_model(
+    name: str | None, shape: str, dtype: str, device: str | torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model by name, or make one of this shape where there is no name."""
+    if name is None:
+        return random_model(shape, getattr(torch, dtype), device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(device), AutoTokenizer.from_pretrained(name)
