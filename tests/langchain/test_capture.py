@@ -15,6 +15,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda
 
 from ape_integrations import APELanguageModel, MemoryKVStore
+from ape_integrations.core.config import APEConfig
 from ape_integrations.langchain.capture import capture_hook
 from ape_integrations.langchain.engine import engines
 from tests.langchain.helpers import (
@@ -43,6 +44,27 @@ def test_documents_and_query_of_any_retriever_are_registered() -> None:
     registry = chat.generator.registry
     assert len(registry) == len(documents)
     assert QUESTIONS[0] in registry.queries()
+
+
+def test_scores_of_rerankers_choose_the_documents() -> None:
+    """Rerankers leave them in the metadata; documents without one are not compared."""
+    chat, calls = tiny_chat(ape_config=APEConfig(max_contexts=1)), Calls()
+
+    class Reranked(WordRetriever):
+        def _get_relevant_documents(
+            self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+        ) -> list[Document]:
+            found = super()._get_relevant_documents(query, run_manager=run_manager)
+            return [
+                Document(d.page_content, metadata={"relevance_score": float(rank)})
+                for rank, d in enumerate(found)
+            ]
+
+    lcel(chat, Reranked()).invoke(QUESTIONS[0], {"callbacks": [calls]})
+    [report] = calls.reports
+    assert (report["contexts"], report["dropped"], report["misses"]) == (1, 2, 1)
+    texts = [document.page_content for document in WordRetriever().invoke(QUESTIONS[0])]
+    assert chat.generator.registry.scores(texts, QUESTIONS[0]) == [0.0, 1.0, 2.0]
 
 
 def test_async_and_threaded_retrievers_are_captured() -> None:

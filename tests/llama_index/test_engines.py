@@ -19,6 +19,7 @@ from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 
+from ape_integrations.core.config import APEConfig
 from ape_integrations.llama_index import APELLM
 from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, entries, make_nodes
 
@@ -116,6 +117,22 @@ def test_node_has_one_entry_whatever_its_rank(llm: APELLM, calls: Calls) -> None
         retriever.wanted = wanted
         engine.query(QUESTIONS[0])
     assert entries(llm) == len(TEXTS) + 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nodes_with_the_highest_scores_are_read(
+    first: bool, make_llm: Callable[..., APELLM], calls: Calls
+) -> None:
+    """Known scores decide before anything is looked up, loaded model or not."""
+    llm = make_llm(ape_config=APEConfig(max_contexts=2))
+    if not first:
+        llm.complete("Load.")
+        calls.clear()
+    RetrieverQueryEngine.from_args(FixedRetriever(make_nodes()), llm=llm).query(QUESTIONS[0])
+    [report] = calls.with_contexts
+    assert (report["contexts"], report["dropped"], report["misses"]) == (2, 1, 2)
+    scores = llm.generator.registry.scores(TEXTS[:3], QUESTIONS[0])
+    assert scores == pytest.approx([1.0, 0.9, 0.8])
 
 
 @pytest.mark.parametrize("mode", ["generation", "no_text", "context_only"])

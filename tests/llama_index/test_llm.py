@@ -13,6 +13,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRol
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 
+from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import APELLM
@@ -256,6 +257,17 @@ def test_settings_survive_serialisation() -> None:
     restored = APELLM.from_dict(llm.to_dict())
     assert restored.to_dict() == llm.to_dict()
     assert restored.to_dict()["class_name"] == "APELLM"
+
+
+def test_all_settings_of_ape_can_be_given_at_once() -> None:
+    config = APEConfig(recompute_ratio=0.2, max_contexts=3, scaling_factor=0.7)
+    llm = APELLM(model_name="somewhere", ape_config=config, capture=False)
+    assert llm._lazy.source.config == config
+    assert llm.scaling_factor == 0.7
+    for restored in (APELLM.from_dict(llm.to_dict()), pickle.loads(pickle.dumps(llm))):
+        assert restored._lazy.source.config == config
+    with pytest.raises(ConfigError, match="scaling_factor say the same thing"):
+        APELLM(model_name="somewhere", ape_config=config, scaling_factor=0.8)
 
 
 def test_pickle_carries_the_recipe_only(tmp_path: Any, model: Any, tokenizer: Any) -> None:
