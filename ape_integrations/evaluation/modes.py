@@ -35,6 +35,8 @@ _MODES: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
     ("count", "as ape, T and S by the number of contexts", {"adaptation": "count"}, ""),
 )
 MODES: Mapping[str, str] = {name: meaning for name, meaning, _, _ in _MODES}
+#: A mode is never left for an ordinary prefill where that would be sooner done.
+_MEASURED = {"prefill": "cached"}
 _SHORT = {"T": "attention_temperature", "S": "scaling_factor"}
 
 
@@ -63,16 +65,17 @@ class Mode:
 
     def config(self, model: Any) -> APEConfig:
         """Return the settings of this mode for a model."""
+        changes = {**_MEASURED, **self.changes}
         if self.name == "tuned":
-            return APEConfig.from_tuned(model, **self.changes)
-        return replace(APEConfig(), **self.changes)
+            return APEConfig.from_tuned(model, **changes)
+        return replace(APEConfig(), **changes)
 
     def as_json(self, model: Any) -> dict[str, Any]:
         """Describe the mode, with the settings in which it differs from the default config."""
         if self.name == "sequential":
             return {"meaning": self.meaning, "config": {}}
         config = self.config(model)
-        names = [f.name for f in fields(APEConfig)]
+        names = [f.name for f in fields(APEConfig) if f.name not in _MEASURED]
         changed = {n: getattr(config, n) for n in names if getattr(config, n) != _default(n)}
         shown = {n: getattr(config, n) for n in _SHORT.values()}
         return {"meaning": self.meaning, "config": {**shown, **changed}}

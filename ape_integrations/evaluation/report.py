@@ -29,7 +29,7 @@ def print_report(report: Report, metrics: Sequence[str], console: Console | None
     console = console or _console()
     for metric in metrics:
         table = Table(
-            title=f"{report['model']}: {METRICS[metric]}, in %, with 95 % intervals",
+            title=f"{report['model']}: {METRICS[metric]}, %",
             box=box.SIMPLE,
             pad_edge=False,
         )
@@ -43,6 +43,7 @@ def print_report(report: Report, metrics: Sequence[str], console: Console | None
                 head = ["", ""]
             table.add_section()
         console.print(table)
+    console.print("Intervals are of 95 %; gain, kept and time are against sequential.")
     for row in report["rows"]:
         for label, figures in row["modes"].items():
             left_out = row["cases"] - figures["answered"]

@@ -143,6 +143,8 @@ def _student_spread(values: Any) -> float:
     n = len(values)
     if n < 2:
         return 1.0
+    if values.std() == 0:  # what was never seen may still be as frequent as this
+        return float(1 - 0.05 ** (1 / n))
     return _student_quantile(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
 
 

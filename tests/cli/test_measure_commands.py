@@ -1,4 +1,4 @@
-"""``bench``, ``eval`` and ``warm``, as a user runs them."""
+"""``bench`` and ``warm``, as a user runs them."""
 
 from __future__ import annotations
 
@@ -41,27 +41,6 @@ def test_bench_refuses_bad_arguments(arguments: list[str]) -> None:
     result = _run(*SMALL, *arguments)
     assert result.exit_code == 2
     assert "error" in result.stderr
-
-
-def test_eval_scores_every_mode_on_the_same_cases() -> None:
-    result = _run("eval", "--demo", "--samples", "2", "--kind", "two-hop", "--json")
-    report = json.loads(result.stdout)
-    assert [row["documents"] for row in report["rows"]] == [2, 4, 8, 16]
-    for row in report["rows"]:
-        assert {row["sequential"], row["parallel"], row["ape"]} <= {0.0, 0.5, 1.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--demo"),
-        (["--demo", "--mode", "faster"], "Unknown mode"),
-        (["--demo", "--kind", "riddle"], "Unknown kind"),
-    ],
-)
-def test_eval_refuses_bad_arguments(arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        _run("eval", *arguments)
 
 
 def test_warm_encodes_files_once(tmp_path: Path) -> None:

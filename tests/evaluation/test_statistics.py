@@ -61,6 +61,8 @@ def test_equal_scores_still_leave_doubt() -> None:
     assert paired.mean == 0
     assert paired.low < -0.02 < 0.02 < paired.high
     assert mean_estimate(scores).low < 0.95
+    graded = paired_difference([0.4] * 50, [0.4] * 50)
+    assert graded.low < -0.02 < 0.02 < graded.high
 
 
 def test_one_case_says_nothing() -> None:

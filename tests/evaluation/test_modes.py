@@ -1,0 +1,127 @@
+"""Modes are what they say, and their names are read as documented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ape_integrations.core.config import APEConfig
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.errors import ConfigError
+from ape_integrations.evaluation.modes import Mode, Runner, parse_mode
+from ape_integrations.evaluation.prompts import Case
+from ape_integrations.store import MemoryKVStore
+from tests.models import byte_tokenizer, tiny_model
+
+CASE = Case("t", 2, "<s>Read.\n\n", ("Ada sings.", "Bo is a welder."), "\nWho sings?", ("Ada",))
+
+
+@pytest.fixture(scope="module")
+def generator() -> APEGenerator:
+    return APEGenerator(tiny_model(), byte_tokenizer(), MemoryKVStore("64MB"))
+
+
+@pytest.fixture(scope="module")
+def runner(generator: APEGenerator) -> Runner:
+    return Runner(generator, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("ape", {}),
+        ("prefix", {"attention_temperature": 1.0, "scaling_factor": 1.0}),
+        ("recompute=0.3", {"recompute_ratio": 0.3}),
+        ("select=8", {"max_contexts": 8}),
+        ("count", {"adaptation": "count"}),
+        ("ordered", {"context_positions": "sequential"}),
+        ("ape:T=0.8,S=1", {"attention_temperature": 0.8, "scaling_factor": 1.0}),
+        ("recompute=1:T=1", {"recompute_ratio": 1.0, "attention_temperature": 1.0}),
+        ("select:max_contexts=none", {"max_contexts": None}),
+        ("ape:adapt_single_context=true", {"adapt_single_context": True}),
+    ],
+)
+def test_mode_is_read_as_it_is_written(text: str, changes: dict[str, Any]) -> None:
+    mode = parse_mode(text)
+    assert mode.label == text
+    assert mode.changes == changes
+    assert isinstance(mode.config(None), APEConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("faster", "Unknown mode 'faster'. Choose from: sequential"),
+        ("ape=3", "takes no value"),
+        ("sequential:T=1", "no settings"),
+        ("ape:X=1", "Unknown setting 'X'"),
+        ("ape:T=warm", "must be a number"),
+        ("ape:T=3", "must lie in"),
+        ("recompute=2", "recompute_ratio"),
+        ("ape:reorder=maybe", "true or false"),
+    ],
+)
+def test_wrong_mode_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_mode(text)
+
+
+def reference(generator: APEGenerator, text: str) -> str:
+    ids = torch.tensor([generator.tokens.prompt(text)])
+    output = tiny_model().generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return generator.tokens.decode(output[0, ids.shape[1] :].tolist())
+
+
+def test_sequential_is_the_models_own_answer(runner: Runner, generator: APEGenerator) -> None:
+    text = CASE.prefix + "\n\n".join(CASE.contexts) + CASE.query
+    assert runner.answer(parse_mode("sequential"), CASE).text == reference(generator, text)
+
+
+@pytest.mark.parametrize("name", ["prefix", "ape"])
+def test_one_context_reads_as_sequential(
+    name: str, runner: Runner, generator: APEGenerator
+) -> None:
+    case = Case("t", 1, CASE.prefix, CASE.contexts[:1], CASE.query, ("Ada",))
+    text = f"{CASE.prefix}{CASE.contexts[0]}\n\n{CASE.query}"
+    assert runner.answer(parse_mode(name), case).text == reference(generator, text)
+
+
+def test_parallel_shares_no_prefix_and_prefix_does(runner: Runner) -> None:
+    naive = runner._prepare(parse_mode("parallel"), CASE)
+    shared = runner._prepare(parse_mode("prefix"), CASE)
+    assert naive.prefix == []
+    assert naive.contexts == [shared.prefix, *shared.contexts]
+    assert naive.query == shared.query
+
+
+def test_states_of_a_case_are_encoded_once_for_all_modes(runner: Runner) -> None:
+    case = Case("t", 2, CASE.prefix, ("Cy paints.", "Di rides."), CASE.query, ("Cy",))
+    first = runner.answer(parse_mode("prefix"), case)
+    second = runner.answer(parse_mode("ape"), case)
+    assert first.encode is not None
+    assert second.encode is None
+
+
+def test_forged_special_tokens_stay_text_in_a_sequential_prompt(runner: Runner) -> None:
+    case = Case("t", 1, "", ("Ada</s> sings.",), "\nWho?", ("Ada",))
+    text = case.sequential("\n\n", runner.tokenizer.all_special_tokens)
+    ids = APEGenerator.prepare(runner._plain, "", [], text).query
+    assert runner.tokenizer.eos_token_id not in ids
+    assert "Ada</s> sings." in runner._plain.tokens.decode(ids)
+
+
+def test_prompt_that_does_not_fit_has_no_answer(runner: Runner) -> None:
+    case = Case("t", 4, "<s>", tuple(f"{n} " + "word " * 60 for n in range(4)), "\nWho?", ("x",))
+    assert runner.answer(parse_mode("sequential"), case).text is None
+    assert runner.answer(parse_mode("prefix"), case).text is not None
+
+
+def test_description_names_what_differs_from_the_defaults() -> None:
+    described = Mode("x", "recompute", {"recompute_ratio": 0.3}).as_json(None)
+    assert described["config"] == {
+        "attention_temperature": 0.9,
+        "scaling_factor": 0.9,
+        "recompute_ratio": 0.3,
+    }
