@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ape_integrations.core.attention import Partition, PartitionedStates
+from ape_integrations.core.transfer import Arrival
 
 #: Tokens that a tail has room for when it is first written, beyond what is written.
 TAIL_ROOM = 256
@@ -75,6 +76,8 @@ class APECacheLayer(CacheLayerMixin):
         Tokens to allocate the tail for, where the caller knows.
     padding : sequence of int
         Per batch item, tokens at the start of the tail that are padding; empty for none.
+    arrival : Arrival, optional
+        What the layer waits for before its contexts are first read.
     """
 
     is_sliding = False
@@ -92,9 +95,11 @@ class APECacheLayer(CacheLayerMixin):
         scale: float = 1.0,
         tail_capacity: int | None = None,
         padding: Sequence[int] = (),
+        arrival: Arrival | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
+        self._arrival = arrival
         self._tail_capacity = tail_capacity
         self._padding = torch.tensor(padding) if any(padding) else None
         self.temperature = temperature
@@ -166,6 +171,9 @@ class APECacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._arrival is not None:
+            self._arrival.wait()
+            self._arrival = None
         start, end = self.length, self.length + key_states.shape[2]
         self._reserve(end)
         self.keys[:, :, start:end] = key_states
@@ -269,6 +277,8 @@ class APECache(Cache):
         Per batch item, tokens at the start of the tail that are padding; empty for none.
     name : tuple of str
         Store keys of the contexts, which name prefix and contexts together.
+    arrivals : sequence of Arrival or None
+        Per layer, what it waits for before its contexts are first read; empty for none.
     """
 
     def __init__(
@@ -281,6 +291,7 @@ class APECache(Cache):
         tail_capacity: int | None = None,
         padding: Sequence[int] = (),
         name: tuple[str, ...] = (),
+        arrivals: Sequence[Arrival | None] = (),
     ) -> None:
         layers: list[Any] = [
             APECacheLayer(
@@ -291,6 +302,7 @@ class APECache(Cache):
                 scale,
                 tail_capacity,
                 padding,
+                arrivals[index] if arrivals else None,
             )
             for index, states in enumerate(prefix)
         ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ape_integrations.core.model import ModelInfo
+from ape_integrations.core.transfer import Arrival, OpenLane, cuda_lane, send
 
 _ALIGNMENT = 64
 
@@ -33,11 +34,14 @@ class ContextSet:
         Per layer, keys and values ``(kv_heads, total, head_dim)`` in CPU memory.
     layers : list of (Tensor, Tensor)
         The same on the model's devices; ``staging`` itself where that is the CPU.
+    arrivals : list of Arrival or None
+        Per layer, what to wait for before reading it; empty where all are there.
     """
 
     memory: Tensor
     staging: Layers
     layers: Layers = field(default_factory=list)
+    arrivals: list[Arrival | None] = field(default_factory=list)
     users: int = 1
     ready: threading.Event = field(default_factory=threading.Event)
 
@@ -45,6 +49,12 @@ class ContextSet:
         """Return where one context's states go."""
         end = start + length
         return [(keys[:, start:end], values[:, start:end]) for keys, values in self.staging]
+
+    def settle(self) -> None:
+        """Wait until ``staging`` is read by no copy any more and may be written again."""
+        for arrival in self.arrivals:
+            if arrival is not None:
+                arrival.settle()
 
 
 class ContextSetPool:
@@ -56,14 +66,19 @@ class ContextSetPool:
         Shapes, dtype and devices of the model's states.
     max_idle_bytes : int
         Memory of sets that nobody uses; the least recently used are given back first.
+    open_lane : callable
+        How states are copied to a device beside its compute.
     """
 
-    def __init__(self, info: ModelInfo, max_idle_bytes: int) -> None:
+    def __init__(
+        self, info: ModelInfo, max_idle_bytes: int, open_lane: OpenLane = cuda_lane
+    ) -> None:
         self._info = info
         self._max_idle_bytes = max_idle_bytes
         self._lock = threading.Lock()
         self._sets: OrderedDict[tuple[str, ...], ContextSet] = OrderedDict()
         self._spare: list[Tensor] = []
+        self._open_lane = open_lane
         self._pinned = any(device.type == "cuda" for device in info.devices)
 
     @contextmanager
@@ -131,13 +146,13 @@ class ContextSetPool:
     ) -> None:
         try:
             fill(context_set)
-            layers = [
-                (key.to(device, non_blocking=True), value.to(device, non_blocking=True))
-                for (key, value), device in zip(
-                    context_set.staging, self._info.devices, strict=True
-                )
-            ]
+            layers, context_set.arrivals = send(
+                context_set.staging, self._info.devices, self._open_lane
+            )
             if finish is not None:
+                for arrival in context_set.arrivals:
+                    if arrival is not None:
+                        arrival.wait()
                 finish(layers)
             context_set.layers = layers
         finally:
@@ -192,6 +207,7 @@ class ContextSetPool:
         if self._idle_bytes() + nbytes > self._max_idle_bytes:
             for name, kept in self._sets.items():
                 if kept.users == 0 and fits(kept.memory):
+                    kept.settle()
                     return self._sets.pop(name).memory
         return None
 
@@ -208,8 +224,11 @@ class ContextSetPool:
         """
         with self._lock:
             idle = [name for name, kept in self._sets.items() if kept.users == 0]
-            memories = [self._sets.pop(name).memory for name in idle]
-            self._spare = memories if keep_memory else []
+            dropped = [self._sets.pop(name) for name in idle]
+            if keep_memory:
+                for context_set in dropped:
+                    context_set.settle()
+            self._spare = [kept.memory for kept in dropped] if keep_memory else []
 
 
 def _aligned(nbytes: int) -> int:

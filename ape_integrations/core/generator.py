@@ -265,6 +265,7 @@ class APEGenerator:
                 scale,
                 padding=padding,
                 name=name,
+                arrivals=context_set.arrivals,
             )
 
     def _ordered(self, prompt: PreparedPrompt) -> tuple[list[str], list[list[int]]]:
