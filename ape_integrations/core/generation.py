@@ -41,13 +41,15 @@ class GenerationResult:
     usage : dict
         ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
     cache : dict
-        ``contexts``, ``hits``, ``misses``, ``bytes_loaded``; ``tokens_reused``: query tokens
+        ``contexts`` that were read, and ``dropped``: those that others were preferred to; ``hits``,
+        ``misses``, ``bytes_loaded``; ``tokens_reused``: query tokens
         whose states were kept from an earlier turn over the same contexts; ``batch``: the
         questions over these contexts that were answered together with this one, itself included;
         and ``plan``: "cached", or "plain" for a prompt that was prefilled as a whole.
     timings : dict
-        Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``first_token``
-        (from the call to the first new token) and ``total``.
+        Seconds: ``load`` (states from the store), ``encode`` (missing contexts), ``select`` (the
+        contexts that get the most attention), ``recompute`` (contexts put in sequence),
+        ``first_token`` (from the call to the first new token) and ``total``.
     """
 
     text: str = ""

@@ -26,6 +26,9 @@ class PreparedPrompt:
         Contexts stand one after the other, and do not share positions.
     dropped : int
         Contexts that were left out because others matter more to the query.
+    separator : tuple of int
+        What contexts end with, so that they read as in a prompt whatever their rank. In a sequence
+        it is not read behind the last one, which the query follows as in the prompt.
     """
 
     prefix: list[int]
@@ -33,27 +36,38 @@ class PreparedPrompt:
     query: list[int]
     sequential: bool = False
     dropped: int = 0
+    separator: tuple[int, ...] = ()
 
     @property
     def layout(self) -> ContextLayout:
         """Where the contexts stand."""
-        lengths = tuple(len(ids) for ids in self.contexts)
-        return ContextLayout(len(self.prefix), lengths, self.sequential)
+        contexts = self._in_sequence() if self.sequential else self.contexts
+        return ContextLayout(len(self.prefix), tuple(map(len, contexts)), self.sequential)
 
     @property
     def num_tokens(self) -> int:
         """Prompt tokens in all."""
-        return len(self.prefix) + sum(map(len, self.contexts)) + len(self.query)
+        return len(self.prefix) + self.layout.total + len(self.query)
 
     def flat(self) -> PreparedPrompt:
         """Return the same tokens in their order as one ordinary prompt."""
-        contexts = [token for ids in self.contexts for token in ids]
+        contexts = [token for ids in self._in_sequence() for token in ids]
         return PreparedPrompt([], [], [*self.prefix, *contexts, *self.query])
+
+    def _in_sequence(self) -> list[list[int]]:
+        """Return the contexts without the separator behind the last one."""
+        if not self.contexts:
+            return []
+        *others, last = self.contexts
+        cut = len(last) - len(self.separator)
+        if not self.separator or cut <= 0 or tuple(last[cut:]) != self.separator:
+            return self.contexts
+        return [*others, last[:cut]]
 
     def logical_ids(self) -> list[int]:
         """Return ids of the prompt's logical length: the longest context stands for all."""
         if self.sequential:
-            return [*self.prefix, *(token for ids in self.contexts for token in ids), *self.query]
+            return self.flat().query
         # Of several that are equally long, the same one whatever their order.
         longest = max(self.contexts, key=lambda ids: (len(ids), ids), default=[])
         return [*self.prefix, *longest, *self.query]
@@ -95,8 +109,13 @@ class PromptPreparer:
         query_ids = self._tokens.rest(query)
         if not query_ids:
             raise ConfigError("The query is empty: something must stand behind the contexts.")
-        context_ids, sequential = self.context_ids(contexts), self._config.sequential
-        return PreparedPrompt(self.prefix_ids(prefix), context_ids, query_ids, sequential)
+        return PreparedPrompt(
+            self.prefix_ids(prefix),
+            self.context_ids(contexts),
+            query_ids,
+            sequential=self._config.sequential,
+            separator=tuple(self._tokens.literal(self._config.context_separator)),
+        )
 
     def prefix_ids(self, prefix: str) -> list[int]:
         """Tokenise a shared prefix; an empty one becomes the default prefix."""

@@ -142,9 +142,11 @@ def make_generator(store: Any = None, **config: Any) -> APEGenerator:
 
 
 def sequential(query: str = QUERY) -> list[int]:
-    """Return what transformers alone generates from the same tokens in their order."""
+    """Return what transformers alone generates from the joined prompt."""
     prompt = make_generator().prepare(PREFIX, DOCUMENTS, query)
-    ids = torch.tensor([[*prompt.prefix, *(i for c in prompt.contexts for i in c), *prompt.query]])
+    contexts = [token for ids in prompt.contexts for token in ids]
+    # The query follows the last context as it does in the prompt, without a separator.
+    ids = torch.tensor([[*prompt.prefix, *contexts[: -len("\n\n")], *prompt.query]])
     answer = tiny_model("llama").generate(ids, **GREEDY)
     return answer[0, ids.shape[1] :].tolist()
 

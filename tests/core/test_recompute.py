@@ -231,6 +231,25 @@ def test_generation_in_sequence_equals_the_models_own() -> None:
     assert stream.result.token_ids == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"prefill": "plain"}])
+def test_recomputing_everything_answers_the_joined_prompt(options: dict[str, Any]) -> None:
+    """Of texts too: no separator comes between the last context and the query."""
+    model = tiny_model()
+    texts, query = ["The cat sleeps.", "A dog barks.", "Fish swim."], "Which one?"
+    generator = _generator(model, recompute_ratio=1.0, **options)
+    ids = generator.tokens.prompt("Answer.\n\n" + "\n\n".join(texts) + query)
+    own = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    result = generator.generate(
+        "Answer.\n\n", texts, query, max_new_tokens=8, do_sample=False, eos_token_id=-1
+    )
+    assert result.token_ids == own[0, len(ids) :].tolist()
+    assert result.usage["prompt_tokens"] == len(ids)
+    batch = generator.generate_batch(
+        "Answer.\n\n", texts, [query, "Why?"], max_new_tokens=8, do_sample=False, eos_token_id=-1
+    )
+    assert batch[0].token_ids == result.token_ids
+
+
 def test_sequence_that_does_not_fit_names_the_fix() -> None:
     """In sequence the contexts share the model's positions out among them."""
     generator = _generator(tiny_model(max_position_embeddings=60), recompute_ratio=0.2)
