@@ -240,8 +240,9 @@ class APEGenerator:
         self._note_prefix(prompt.prefix)
         prefix = self._source.prefix(prompt.prefix, figures)
         keys, contexts = self._ordered(prompt)
-        layout = ContextLayout(len(prompt.prefix), tuple(map(len, contexts)), prompt.sequential)
-        temperature, scale = adapted(self.config, layout.lengths)
+        lengths = tuple(map(len, contexts))
+        layout = prompt.layout if prompt.sequential else ContextLayout(len(prompt.prefix), lengths)
+        temperature, scale = adapted(self.config, lengths)
         name = (self._kind_of_set(prompt), *keys)
 
         def fill(target: ContextSet) -> None:
@@ -254,13 +255,16 @@ class APEGenerator:
             figures.recompute += time.perf_counter() - began
 
         finish = arrange if prompt.sequential else None
-        with self._sets.borrow(name, layout.total, fill, finish) as (context_set, ready):
+        with self._sets.borrow(name, sum(lengths), fill, finish) as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
+            layers = context_set.layers
+            if layout.total < sum(lengths):
+                layers = [(k[:, : layout.total], v[:, : layout.total]) for k, v in layers]
             yield APECache(
                 layout,
                 prefix,
-                context_set.layers,
+                layers,
                 temperature,
                 scale,
                 padding=padding,
