@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +14,9 @@ from ape_integrations.core.guard import GUARD, guarded, unguarded
 
 #: Texts that may stand before another one without changing how it begins.
 _BEFORE = ("\n", ":", "a")
+
+#: Retrieved texts whose ids are kept, and the characters of the longest of them.
+_KNOWN_TEXTS, _KNOWN_LENGTH = 2048, 16384
 
 
 class Tokens:
@@ -27,6 +32,7 @@ class Tokens:
         self._literal = copy.deepcopy(tokenizer)
         self._literal.split_special_tokens = True
         self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._known = lru_cache(_KNOWN_TEXTS)(self._literally)
         self._changes_starts = any(
             _behind(self._plain_ids, word) != self._plain_ids(word) for word in ("word", "1")
         )
@@ -53,8 +59,17 @@ class Tokens:
         return [token for piece in text.split(GUARD) for token in self._follow(piece)]
 
     def literal(self, text: str) -> list[int]:
-        """Tokenise retrieved text, as what follows something; special tokens become characters."""
-        text = unguarded(text)
+        """Tokenise retrieved text, as what follows something; special tokens become characters.
+
+        The same documents are retrieved again and again, so their ids are kept.
+        """
+        known = self._known if len(text) <= _KNOWN_LENGTH else self._literally
+        return known(text).tolist()
+
+    def _literally(self, text: str) -> array[int]:
+        return array("i", self._literal_tokens(unguarded(text)))
+
+    def _literal_tokens(self, text: str) -> list[int]:
         ids = self._follow(text, literal=True)
         if not self._special_ids.intersection(ids):
             return ids

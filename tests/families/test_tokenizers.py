@@ -68,6 +68,22 @@ def test_context_has_no_special_tokens(tokenizer: Any) -> None:
     assert not set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
+def test_text_that_comes_again_is_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = Tokens(next(iter(TOKENIZERS.values()))())
+    tokenised: list[str] = []
+    ids_of = tokens._literal_tokens
+    monkeypatch.setattr(
+        tokens, "_literal_tokens", lambda text: tokenised.append(text) or ids_of(text)
+    )
+    first = tokens.literal("a known text")
+    first.append(-1)  # whoever gets ids owns them
+    assert tokens.literal("a known text") == first[:-1]
+    assert tokens.literal("another text") != first[:-1]
+    long = "long " * 5000
+    assert tokens.literal(long) == tokens.literal(long)
+    assert tokenised == ["a known text", "another text", long, long]  # too long to keep
+
+
 @pytest.mark.parametrize(
     "text", ["Paris is the capital.", "  two  spaces ", "5 € and 1 ½\n\n the", " is", "日本 語 🙂!"]
 )
