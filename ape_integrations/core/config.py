@@ -33,14 +33,19 @@ class APEConfig:
     recompute_ratio : float
         Share of the context tokens in [0, 1] whose states are computed again with attention to
         everything before them, contexts one after the other in the prompt's order, so that facts of
-        several contexts can be joined. 1 equals sequential encoding. 0 turns it off.
+        several contexts can be joined. The first layers are read by all tokens again, to find the
+        tokens that other contexts change most, so a ratio of 0.001 is an option as well. T = S = 1
+        then. 1 equals sequential encoding. 0 turns it off.
     context_positions : {"shared", "sequential"}
         Whether all contexts start right behind the prefix (the paper), or each behind the one
         before it. Recomputing always takes sequential positions.
     max_contexts : int or None
-        Read the contexts that matter most to the query, at most so many; None reads all.
+        Read the contexts that matter most to the query, at most so many: those with the highest
+        retrieval scores where all are known, so that the others are not even loaded; otherwise
+        those that get the most attention, which costs one more pass over the query with all
+        contexts loaded. None reads all.
     adaptation : {"fixed", "count"}
-        Whether T and S are those above, or follow from the number of contexts.
+        Whether T and S are those above, or follow from the number of contexts and their lengths.
     default_prefix : str
         Shared prefix of prompts that start with a context (after the beginning-of-sequence
         token, where the tokenizer has one). The paper uses newlines.
