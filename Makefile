@@ -1,13 +1,18 @@
-# `make demo` and `make test` do everything on a fresh machine, the virtual environment included.
+# `make demo`, `make chat` and `make test` do everything on a fresh machine, the virtual
+# environment included.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint stress bench models docs clean
+.PHONY: demo chat test lint stress bench models docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart_llamaindex.py
+
+# Prints the address; CHAT="my_files/ --model NAME" answers from other files.
+chat: $(VENV)/.chat
+	$(BIN)/python examples/chatbot_llamaindex.py $(CHAT)
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -q
@@ -34,6 +39,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+# No more than the chatbots need; a full installation has that too.
+$(VENV)/.chat: pyproject.toml constraints.txt
+	test -e $(VENV)/.installed || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[chat]"
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ MODULES = (
     "ape_integrations.cli.warm",
     "ape_integrations.cli.measure",
     "ape_integrations.cli.evaluate",
+    "ape_integrations.cli.chat",
 )
 """Each has a function ``register(app)``."""
 

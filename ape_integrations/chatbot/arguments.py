@@ -1,0 +1,50 @@
+"""The command line of the chatbots with a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ape_integrations.chatbot.files import MAX_FILE_BYTES
+from ape_integrations.store.sizes import parse_size
+
+DEFAULT_PORT = 7860
+
+
+def parse_arguments(description: str | None, default_folder: Path) -> argparse.Namespace:
+    """Read the command line.
+
+    Parameters
+    ----------
+    description : str or None
+        The program's docstring; its first line is shown.
+    default_folder : Path
+        Files to answer from where none are named.
+    """
+    first_line = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=first_line)
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=default_folder,
+        help="your files: txt, md, pdf, html (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="Hub name or directory (default: the bundled model)")
+    parser.add_argument("--cache-dir", type=Path, help="the store (default: the user's cache)")
+    parser.add_argument("--top-k", type=int, default=4, help="passages to retrieve")
+    parser.add_argument("--chunk-size", type=int, default=512, help="tokens of a passage")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
+    parser.add_argument(
+        "--max-file-size",
+        type=parse_size,
+        default=MAX_FILE_BYTES,
+        help='larger files are left out, such as "50MB" (the default)',
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    arguments = parser.parse_args()
+
+    arguments.default_files = arguments.folder.resolve() == default_folder.resolve()
+    return arguments

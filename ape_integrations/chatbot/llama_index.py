@@ -1,0 +1,98 @@
+"""A LlamaIndex pipeline for a chatbot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from llama_index.core import ChatPromptTemplate
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+
+from ape_integrations.chatbot.conversation import Turn
+from ape_integrations.chatbot.files import Passage
+from ape_integrations.chatbot.pipeline import Pipeline, with_carried
+from ape_integrations.core.generator import APEGenerator
+from ape_integrations.llama_index import APELLM, APECacheWarmer
+
+
+class LlamaIndexPipeline(Pipeline):
+    """Retrieves with a LlamaIndex retriever and answers with an `APELLM`.
+
+    The prompt is sent with ``stream_chat``: a ``ContextChatEngine`` would do the same in a thread
+    that cannot be stopped.
+
+    Parameters
+    ----------
+    llm : APELLM
+        Answers.
+    prompt : ChatPromptTemplate
+        Has ``{context_str}`` and, in its last message, ``{query_str}``. The conversation goes
+        between the two.
+    read : callable
+        Cuts a file into nodes.
+    retriever : callable
+        Makes a retriever over nodes.
+    """
+
+    framework = "LlamaIndex"
+
+    def __init__(
+        self,
+        llm: APELLM,
+        prompt: ChatPromptTemplate,
+        read: Callable[[Path], Sequence[BaseNode]],
+        retriever: Callable[[list[BaseNode]], BaseRetriever],
+    ) -> None:
+        self._llm = llm
+        self._prompt = prompt
+        self._read = read
+        self._new_retriever = retriever
+        self._warmer = APECacheWarmer(llm=llm, prompt=prompt, show_progress=False)
+
+    @property
+    def generator(self) -> APEGenerator:
+        """The generator behind the LLM."""
+        return self._llm.generator
+
+    def read(self, path: Path) -> Iterator[tuple[str, str]]:
+        """Yield the texts of a file's nodes."""
+        for node in self._read(path):
+            # Without metadata: a file's path would make the same text another one elsewhere.
+            text = node.get_content(metadata_mode=MetadataMode.NONE)
+            yield text, str(node.metadata.get("page_label", ""))
+
+    def index(self, passages: Sequence[Passage]) -> None:
+        """Make a retriever over the passages."""
+        nodes: list[BaseNode] = [
+            TextNode(text=passage.text, id_=str(number)) for number, passage in enumerate(passages)
+        ]
+        # One assignment: an answer in another thread sees passages and retriever of one kind.
+        self._indexed = (list(passages), self._new_retriever(nodes))
+
+    def warm(self, passages: Sequence[Passage]) -> None:
+        """Encode what the store lacks."""
+        self._warmer([TextNode(text=passage.text) for passage in passages])
+
+    def answer(self, turn: Turn, history: Sequence[Turn]) -> Iterator[str]:
+        """Retrieve, fill the prompt, stream the answer."""
+        passages, retriever = self._indexed
+        nodes = retriever.retrieve(turn.question)
+        found = [passages[int(node.node.node_id)] for node in nodes]
+        turn.passages = with_carried(found, history)
+        context = "\n\n".join(passage.text for passage in turn.passages)
+        *head, question = self._prompt.format_messages(context_str=context, query_str=turn.question)
+        messages = [*head, *_messages(history), question]
+        turn.prompt = self._llm.render_messages(messages)
+        response = None
+        for response in self._llm.stream_chat(messages):
+            yield response.delta or ""
+        if response is not None and isinstance(response.raw, dict):
+            turn.report = response.raw["ape"]
+
+
+def _messages(history: Sequence[Turn]) -> Iterator[ChatMessage]:
+    for turn in history:
+        yield ChatMessage(role=MessageRole.USER, content=turn.question)
+        yield ChatMessage(role=MessageRole.ASSISTANT, content=turn.answer)
