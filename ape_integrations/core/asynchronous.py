@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
 from transformers import StoppingCriteria
 
 from ape_integrations.core.generation import Cancellation, GenerationStream
+from ape_integrations.core.threads import PassingExecutor
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ _END = object()
 
 # Threads of our own: the loop's default executor is small, and long answers would keep everybody
 # else who needs it waiting, retrievers among them.
-_workers = ThreadPoolExecutor(max_workers=32, thread_name_prefix="ape-generate")
+_workers = PassingExecutor(32, "ape-generate")
 
 
 def stopped_by(generation_kwargs: dict[str, Any], *criteria: StoppingCriteria) -> dict[str, Any]:

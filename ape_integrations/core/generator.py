@@ -6,7 +6,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +53,7 @@ from ape_integrations.core.self_check import self_check, sequence_check
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import KEPT_PREFIXES, Figures, StateSource
 from ape_integrations.core.tails import TailMemory
+from ape_integrations.core.threads import PassingExecutor
 from ape_integrations.core.tokens import Tokens
 from ape_integrations.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.store import KVStore, open_store
@@ -131,7 +131,7 @@ class APEGenerator:
         self._break_even = BreakEven()
         self._recent_prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._lock = threading.Lock()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="ape-prefetch")
+        self._background = PassingExecutor(1, "ape-prefetch")
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ape_integrations.core.context_sets import ContextSet, Layers
 from ape_integrations.core.encoder import ContextEncoder
 from ape_integrations.core.fingerprint import ModelFingerprint, entry_key
 from ape_integrations.core.model import ModelInfo
+from ape_integrations.core.threads import PassingExecutor
 from ape_integrations.store import KVStates, KVStore
 
 #: Prefixes whose states are kept in memory.
@@ -88,7 +89,7 @@ class StateSource:
         self._lock = threading.Lock()
         self._prefixes: OrderedDict[str, Layers] = OrderedDict()
         self._encoding: dict[str, Future[KVStates]] = {}
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="ape-read")
+        self._readers = PassingExecutor(_READERS, "ape-read")
 
     def keys(self, prefix_ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[str]:
         """Return the store keys of token ids behind ``prefix_ids``."""

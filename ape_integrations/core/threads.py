@@ -1,0 +1,86 @@
+"""Threads that end with their work.
+
+A thread that has run a parallel torch operation owns a team of OpenMP threads for as long as it
+lives. Once there are more of these than cores, none of them waits actively for its next piece of
+work any more, and each operation of every other thread takes longer: decoding by a third on two
+cores. So no thread of ours stays alive idle.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class PassingExecutor(Executor):
+    """An executor whose threads end as soon as nothing is left to do.
+
+    Parameters
+    ----------
+    max_workers : int
+        Threads at a time.
+    name : str
+        Name of the threads.
+    """
+
+    def __init__(self, max_workers: int, name: str) -> None:
+        self._max_workers = max_workers
+        self._name = name
+        self._lock = threading.Lock()
+        self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function in a thread of its own, at most ``max_workers`` at a time.
+
+        Raises
+        ------
+        RuntimeError
+            After :meth:`shutdown`.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("nothing can be submitted after shutdown")
+            self._work.append((future, lambda: fn(*args, **kwargs)))
+            if len(self._threads) < self._max_workers:
+                thread = threading.Thread(target=self._run, name=self._name)
+                self._threads.add(thread)
+                thread.start()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._work:
+                    self._threads.discard(threading.current_thread())
+                    return
+                future, call = self._work.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            # Nothing is held while waiting for the lock.
+            del future, call
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; by default wait for what was submitted."""
+        with self._lock:
+            self._closed = True
+            cancelled = list(self._work) if cancel_futures else []
+            if cancel_futures:
+                self._work.clear()
+            threads = list(self._threads)
+        for future, _ in cancelled:
+            future.cancel()
+        for thread in threads if wait else ():
+            thread.join()
