@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ape_integrations.cli.options import AsJson, print_json
 from ape_integrations.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ape_integrations.evaluation.setup import Setup
 
 Demo = Annotated[bool, typer.Option("--demo", help="Held-out tasks of the bundled model's world.")]
 Data = Annotated[
@@ -26,6 +24,9 @@ ModelName = Annotated[
 ]
 Kind = Annotated[
     list[str] | None, typer.Option(help="Of --demo, only this kind of question; repeatable.")
+]
+Contexts = Annotated[
+    list[int] | None, typer.Option(help="Of --demo, only rows with so many contexts; repeatable.")
 ]
 Template = Annotated[
     Path | None, typer.Option(help="File with the prompt's text: {contexts} and {question}.")
@@ -73,6 +74,7 @@ def evaluate(
         ),
     ] = None,
     kind: Kind = None,
+    contexts: Contexts = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Cases per row. Default: 50, or the whole file.")
     ] = None,
@@ -122,14 +124,15 @@ def evaluate(
     if check is not None:
         known = _read_json(check)
         setup, labels = Setup.from_json(known["setup"]), mode or list(known["modes"])
-        if kind:
-            setup = _restrict(setup, kind)
+        rows: dict[str, Any] = {"kinds": tuple(kind or ()), "contexts": tuple(contexts or ())}
+        setup = replace(setup, **{name: chosen for name, chosen in rows.items() if chosen})
     else:
         _one_source(demo, data)
         setup = Setup(
             model=model,
             data=tuple(map(str, data or ())),
             kinds=tuple(kind or ()),
+            contexts=tuple(contexts or ()),
             samples=samples,
             seed=seed,
             max_new_tokens=max_new_tokens,
@@ -156,6 +159,7 @@ def tune(
     data: Data = None,
     model: ModelName = None,
     kind: Kind = None,
+    contexts: Contexts = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Cases per row. Default: 50, or the whole file.")
     ] = None,
@@ -203,6 +207,7 @@ def tune(
         model=model,
         data=tuple(map(str, data or ())),
         kinds=tuple(kind or ()),
+        contexts=tuple(contexts or ()),
         samples=samples,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -277,12 +282,6 @@ def _read_json(path: Path) -> Any:
 
 def _refuse(path: Path) -> None:
     raise ConfigError(f"{path} is no report of `ape-integrations eval --json`.")
-
-
-def _restrict(setup: Setup, kinds: list[str]) -> Setup:
-    from dataclasses import replace
-
-    return replace(setup, kinds=tuple(kinds))
 
 
 def _say_whether_equal(disagreements: list[str]) -> None:

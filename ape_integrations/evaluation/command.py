@@ -92,8 +92,8 @@ def tune_model(
     path : Path
         Where it was saved.
     """
-    session = Session(setup)
-    cases = [case for row in session.rows(TUNING_GRID) for case in row]
+    session = Session(setup, TUNING_GRID)
+    cases = [case for row in session.rows() for case in row]
     expected = len(temperatures) + len(scales)
     scores = model_scores(session.runner, cases, metric, setup.pattern, expected=expected)
     tuning = choose(scores, temperatures=temperatures, scales=scales, folds=folds, seed=setup.seed)

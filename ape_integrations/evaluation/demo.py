@@ -35,10 +35,10 @@ Generate = Callable[[str, Sequence[str], str], str]
 
 # Kind of question, numbers of documents (examples for few-shot).
 DEFAULT_GRID: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("single", (1, 4, 8, 16, 32, 64)),
-    ("unanswerable", (1, 8, 16, 32)),
-    ("two-hop", (2, 4, 8, 16, 32)),
-    ("follow-up", (4, 8, 16)),
+    ("single", (1, 8, 16, 32, 64)),
+    ("unanswerable", (8, 32)),
+    ("two-hop", (2, 8, 16, 32)),
+    ("follow-up", (4, 8)),
     ("few-shot", (4, 8, 16)),
 )
 
@@ -163,19 +163,47 @@ def demo_rows(
     ]
 
 
-def select_grid(kinds: Sequence[str] | None) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the rows of :data:`DEFAULT_GRID` that belong to some kinds; None means all.
+def select_grid(
+    kinds: Sequence[str] = (),
+    documents: Sequence[int] = (),
+    grid: Sequence[tuple[str, Sequence[int]]] = DEFAULT_GRID,
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Choose rows of a grid.
+
+    Parameters
+    ----------
+    kinds : sequence of str
+        Only these kinds of question; all if empty.
+    documents : sequence of int
+        Only rows with these numbers of documents; all if empty.
+    grid : sequence of (str, sequence of int)
+        Kinds, each with its numbers of documents.
 
     Raises
     ------
     ConfigError
-        No such kind of question.
+        No such kind of question, or no row is left.
     """
     known = [kind for kind, _ in DEFAULT_GRID]
-    unknown = [kind for kind in kinds or [] if kind not in known]
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown:
         raise ConfigError(f"Unknown kind {unknown[0]!r}. Choose from: {', '.join(known)}.")
-    return [cell for cell in DEFAULT_GRID if not kinds or cell[0] in kinds]
+    cells = [
+        (kind, tuple(count for count in counts if not documents or count in documents))
+        for kind, counts in grid
+        if not kinds or kind in kinds
+    ]
+    chosen = [(kind, counts) for kind, counts in cells if counts]
+    if not chosen:
+        raise ConfigError(
+            f"No row has {' or '.join(map(str, documents))} contexts: {cells_of(grid)}."
+        )
+    return chosen
+
+
+def cells_of(grid: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """Name the rows of a grid."""
+    return "; ".join(f"{kind}: {', '.join(map(str, counts))}" for kind, counts in grid)
 
 
 def evaluate(

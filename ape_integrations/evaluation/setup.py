@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import ape_integrations
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.loading import usable_device_map
 from ape_integrations.errors import ConfigError
-from ape_integrations.evaluation.demo import demo_rows, select_grid
+from ape_integrations.evaluation.demo import DEFAULT_GRID, demo_rows, select_grid
 from ape_integrations.evaluation.metrics import check_installed, check_pattern
 from ape_integrations.evaluation.modes import Runner
 from ape_integrations.evaluation.prompts import Case, PromptTemplate
@@ -43,6 +43,8 @@ class Setup:
         Files of records; without any, the cases are those of the bundled model's world.
     kinds : tuple of str
         Only these kinds of question of that world.
+    contexts : tuple of int
+        Only its rows with these numbers of contexts.
     samples : int or None
         Cases per row, or records per file from the start; None takes 50, and all records.
     seed : int
@@ -66,6 +68,7 @@ class Setup:
     model: str | None = None
     data: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = ()
     samples: int | None = None
     seed: int = 7
     max_new_tokens: int = 48
@@ -83,9 +86,8 @@ class Setup:
             check_pattern(getattr(self, name))
         if self.dtype not in (None, *_DTYPES):
             raise ConfigError(f"Unknown dtype {self.dtype!r}. Choose from: {', '.join(_DTYPES)}.")
-        if self.kinds and self.data:
-            raise ConfigError("--kind chooses among the tasks of --demo; a file has none.")
-        select_grid(self.kinds)
+        if (self.kinds or self.contexts) and self.data:
+            raise ConfigError("--kind and --contexts choose rows of --demo; a file has none.")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Setup:
@@ -120,6 +122,8 @@ class Session:
     Parameters
     ----------
     setup : Setup
+    grid : sequence of (str, sequence of int)
+        Kinds and numbers of documents of the bundled model's world, of which the setup may choose.
 
     Raises
     ------
@@ -131,9 +135,12 @@ class Session:
         torchmetrics, which scores, is not installed.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(
+        self, setup: Setup, grid: Sequence[tuple[str, Sequence[int]]] = DEFAULT_GRID
+    ) -> None:
         check_installed()
         self.setup = setup
+        self._grid = select_grid(setup.kinds, setup.contexts, grid)
         records = [
             (Path(name).stem, read_records(
                 Path(name), limit=setup.samples, split=setup.split, example=setup.example
@@ -157,22 +164,12 @@ class Session:
         chat = not self.setup.data or self._template.renders_chat(tokenizer)
         return () if chat else ("\n",)
 
-    def rows(self, grid: tuple[tuple[str, tuple[int, ...]], ...] | None = None) -> list[list[Case]]:
-        """Return the cases, row by row.
-
-        Parameters
-        ----------
-        grid : sequence of (str, sequence of int), optional
-            Kinds and numbers of documents of the bundled model's world, of which the setup may
-            choose; by default all of them.
-        """
+    def rows(self) -> list[list[Case]]:
+        """Return the cases, row by row."""
         if self.setup.data:
             return self._records
-        chosen = select_grid(self.setup.kinds)
-        if grid is not None:
-            chosen = [cell for cell in grid if cell[0] in dict(chosen)]
         samples = self.setup.samples or 50
-        return demo_rows(self.generator.tokenizer, chosen, samples, self.setup.seed)
+        return demo_rows(self.generator.tokenizer, self._grid, samples, self.setup.seed)
 
     def settings(self) -> dict[str, Any]:
         """Return what one answer depends on, besides case and mode."""

@@ -44,7 +44,7 @@ def test_demo_scores_every_mode_on_the_same_cases() -> None:
     report = _report("--demo", "--samples", "2", "--kind", "follow-up", "--kind", "few-shot")
     assert report["model"] == "tiny-reader"
     assert [(row["task"], row["documents"]) for row in report["rows"]] == [
-        *(("follow-up", n) for n in (4, 8, 16)),
+        *(("follow-up", n) for n in (4, 8)),
         *(("few-shot", n) for n in (4, 8, 16)),
     ]
     for row in report["rows"]:
@@ -114,6 +114,7 @@ def test_bad_line_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
         (["--demo", "--mode", "faster"], "Unknown mode"),
         (["--demo", "--kind", "riddle"], "Unknown kind"),
         (["--demo", "--metric", "bleu"], "Unknown metric"),
+        (["--demo", "--contexts", "3"], "No row has 3 contexts: single: 1, 8, 16"),
         (["--demo", "--dtype", "int3"], "Unknown dtype"),
         (["--data", QUESTIONS, "--kind", "single"], "--kind"),
         (["--data", QUESTIONS, "--answer-pattern", "("], "regular expression"),
