@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from transformers import StoppingCriteria
 
 from ape_integrations.core.generation import Cancellation, GenerationStream
-from ape_integrations.core.threads import PassingExecutor
+from ape_integrations.core.threads import PassingExecutor, release_openmp_team
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
         the current token.
     """
     cancellation = Cancellation()
+    release_openmp_team()
     loop, context = asyncio.get_running_loop(), copy_context()
     try:
         return await loop.run_in_executor(_workers, context.run, generate, cancellation)
@@ -50,6 +51,7 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
 
 async def iterate(stream: GenerationStream) -> AsyncGenerator[str, None]:
     """Yield the pieces of a stream; leaving early closes it."""
+    release_openmp_team()
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[Any] = asyncio.Queue()
 

@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ape_integrations.core.threads import release_openmp_team
 from ape_integrations.core.tokens import IncrementalDecoder, Tokens
 
 
@@ -334,6 +335,7 @@ class GenerationStream(Iterator[str]):
             raise StopIteration
         if not self._started:
             self._started = True
+            release_openmp_team()
             self._thread.start()
         item = self._queue.get()
         if isinstance(item, str):

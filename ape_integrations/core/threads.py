@@ -3,19 +3,45 @@
 A thread that has run a parallel torch operation owns a team of OpenMP threads for as long as it
 lives. Once there are more of these than cores, none of them waits actively for its next piece of
 work any more, and each operation of every other thread takes longer: decoding by a third on two
-cores. So no thread of ours stays alive idle.
+cores. So no thread of ours stays alive idle, and a thread that is going to wait for another one's
+generation gives its team back first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def release_openmp_team() -> None:
+    """Give the calling thread's OpenMP threads back; its next parallel operation makes new ones."""
+    pause = _pause_function()
+    if pause is not None:
+        pause(_SOFT)
+
+
+_SOFT = 1  # omp_pause_soft: everything but the threads is kept
+
+
+@lru_cache(maxsize=1)
+def _pause_function() -> Callable[[int], int] | None:
+    """Return GNU OpenMP's ``omp_pause_resource_all``, which pauses the calling thread alone."""
+    try:
+        library = ctypes.CDLL(None)
+        if hasattr(library, "__kmpc_fork_call") or not hasattr(library, "GOMP_parallel"):
+            return None
+        function: Callable[[int], int] = library.omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):
+        return None
+    return function
 
 
 class PassingExecutor(Executor):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import CancelledError
 
 import pytest
+import torch
 
-from ape_integrations.core.threads import PassingExecutor
+from ape_integrations.core.threads import PassingExecutor, _pause_function, release_openmp_team
 
 
 def _alive(name: str) -> int:
@@ -78,3 +80,29 @@ def test_cancelled_work_is_skipped():
     assert skipped.cancel()
     release.set()
     assert last.result(timeout=30) == "yes"
+
+
+@pytest.mark.skipif(_pause_function() is None, reason="torch runs on another OpenMP")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads cannot be counted")
+def test_released_team_is_gone_and_comes_back():
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def work() -> None:
+        before = threads()
+        expected = big.exp()
+        assert threads() == before + 1, "a team of two"
+        release_openmp_team()
+        assert _wait_until(lambda: threads() == before)
+        assert torch.equal(big.exp(), expected)
+        assert threads() == before + 1
+        release_openmp_team()
+
+    big, count = torch.rand(1_000_000), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        release_openmp_team()
+        executor = PassingExecutor(1, "t-team")
+        executor.submit(work).result(timeout=60)
+    finally:
+        torch.set_num_threads(count)
