@@ -26,8 +26,8 @@ _MODES: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
     ("tuned", "as ape, with the T and S that `tune` has saved for the model", {}, ""),
     (
         "recompute",
-        "as ape, a share of the context tokens computed again",
-        {"recompute_ratio": 0.15},
+        "contexts in sequence, first layers and a share of the tokens computed again",
+        {"recompute_ratio": 0.001},
         "recompute_ratio",
     ),
     ("ordered", "as ape, each context behind the last", {"context_positions": "sequential"}, ""),
