@@ -109,6 +109,13 @@ def test_contexts_in_sequence_equal_brute_force(title: str, ratio: float) -> Non
             "original_max_position_embeddings": 64,
         },
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.2, 1.4, 1.6],
+            "long_factor": [3.0, 4.0, 6.0, 9.0],
+            "original_max_position_embeddings": 64,
+        },
     ],
     ids=lambda rope: rope["rope_type"],
 )
@@ -129,6 +136,14 @@ def test_scaled_rotary_embeddings_equal_brute_force(rope: dict[str, Any], ratio:
         model, PREFIX, CONTEXTS, QUERY, 1.0, 1.0, ratio, layer, recompute.STARTS
     )
     _close(generator.query_logits(PREFIX, CONTEXTS, QUERY), expected.logits)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_first_layers_are_all_there_is_of_a_shallow_model(layers: int) -> None:
+    """States of two layers are exact once the first one is; so is the answer."""
+    model = tiny_model(num_hidden_layers=layers)
+    logits = _generator(model, recompute_ratio=0.01).query_logits(PREFIX, CONTEXTS, QUERY)
+    _close(logits, _sequential(model))
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

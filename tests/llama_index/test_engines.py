@@ -119,6 +119,22 @@ def test_node_has_one_entry_whatever_its_rank(llm: APELLM, calls: Calls) -> None
     assert entries(llm) == len(TEXTS) + 1
 
 
+def test_recomputed_nodes_serve_the_next_question(
+    make_llm: Callable[..., APELLM], calls: Calls
+) -> None:
+    """Nodes in another order are put in sequence again, but never encoded again."""
+    llm = make_llm(ape_config=APEConfig(recompute_ratio=0.3))
+    retriever = FixedRetriever(make_nodes())
+    engine = RetrieverQueryEngine.from_args(retriever, llm=llm, streaming=True)
+    for wanted in [(0, 1, 2), (0, 1, 2), (2, 1, 0)]:
+        retriever.wanted = wanted
+        str(engine.query(QUESTIONS[0]))
+    first, again, other = calls.with_contexts
+    assert [report["misses"] for report in calls.with_contexts] == [3, 0, 0]
+    assert first["recompute_seconds"] > 0 == again["recompute_seconds"]
+    assert other["recompute_seconds"] > 0
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_nodes_with_the_highest_scores_are_read(
     first: bool, make_llm: Callable[..., APELLM], calls: Calls
