@@ -150,6 +150,8 @@ class APEGenerator:
         ----------
         name_or_path : str or Path
             Hub name or directory.
+        store, config
+            As for the class.
         tokenizer : PreTrainedTokenizerBase, optional
             A tokenizer to use instead of the one of that name.
         tokenizer_kwargs, **model_kwargs
@@ -189,7 +191,7 @@ class APEGenerator:
         return parts if parts.query or not parts.contexts else PromptParts("", (), prompt)
 
     def prepare(self, prefix: str, contexts: Sequence[str], query: str) -> PreparedPrompt:
-        """Tokenise each part of a prompt alone.
+        """Tokenise each part of a prompt alone, arguments as for :meth:`generate`.
 
         Raises
         ------
@@ -414,12 +416,12 @@ class APEGenerator:
         return self._stream(self.prepare(prefix, contexts, query), generation_kwargs)
 
     def generate_prompt(self, prompt: str, **generation_kwargs: Any) -> GenerationResult:
-        """Split a rendered prompt at its registered contexts and generate."""
+        """Split a rendered prompt at its contexts; generate as for :meth:`generate`."""
         parts = self.split(prompt)
         return self.generate(parts.prefix, parts.contexts, parts.query, **generation_kwargs)
 
     def stream_prompt(self, prompt: str, **generation_kwargs: Any) -> GenerationStream:
-        """Split a rendered prompt at its registered contexts and generate piece by piece."""
+        """Split a rendered prompt at its registered contexts; stream as for :meth:`stream`."""
         parts = self.split(prompt)
         return self.stream(parts.prefix, parts.contexts, parts.query, **generation_kwargs)
 

@@ -281,7 +281,10 @@ class ChatAPE(APESettings, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answer several inputs; those that share their documents are answered together."""
+        """Answer several inputs; those that share their documents are answered together.
+
+        Arguments as for every runnable of LangChain.
+        """
         return batches.batch(self, inputs, config, return_exceptions, kwargs)
 
     async def abatch(  # type: ignore[override]
@@ -292,7 +295,10 @@ class ChatAPE(APESettings, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answer several inputs; those that share their documents are answered together."""
+        """Answer several inputs; those that share their documents are answered together.
+
+        Arguments as for every runnable of LangChain.
+        """
         return await batches.abatch(self, inputs, config, return_exceptions, kwargs)
 
     # Tokens -------------------------------------------------------------------------------------
@@ -306,7 +312,7 @@ class ChatAPE(APESettings, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Return how many tokens the rendered messages have, the answer's header included."""
+        """Return how many tokens messages and tools have as rendered, answer's header included."""
         shown = [convert_to_openai_tool(tool) for tool in tools or ()]
         return len(self.generator.tokens.prompt(self.render(messages, tools=shown)))
 

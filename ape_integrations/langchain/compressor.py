@@ -65,14 +65,14 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """Register documents and query; return the documents unchanged."""
+        """Register documents and query; return the documents unchanged (no ``callbacks``)."""
         self._register(documents, query)
         return documents
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """Register documents and query; return the documents unchanged."""
+        """Register documents and query; return the documents unchanged (no ``callbacks``)."""
         return self.compress_documents(documents, query)
 
     def transform_documents(

@@ -142,7 +142,10 @@ class APELanguageModel(APESettings, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """Answer several inputs; those that share their documents are answered together."""
+        """Answer several inputs; those that share their documents are answered together.
+
+        Arguments as for every runnable of LangChain.
+        """
         return batches.batch(self, inputs, config, return_exceptions, kwargs)
 
     async def abatch(  # type: ignore[override]
@@ -153,7 +156,10 @@ class APELanguageModel(APESettings, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """Answer several inputs; those that share their documents are answered together."""
+        """Answer several inputs; those that share their documents are answered together.
+
+        Arguments as for every runnable of LangChain.
+        """
         return await batches.abatch(self, inputs, config, return_exceptions, kwargs)
 
     # Tokens -------------------------------------------------------------------------------------

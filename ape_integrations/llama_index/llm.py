@@ -413,7 +413,7 @@ class APELLM(CustomLLM):
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
-        """Complete a prompt piece by piece; closing the generator stops the model."""
+        """Complete a prompt piece by piece, as for `complete`; closing it stops the model."""
         stream = self._open(self.render_completion(prompt, formatted), kwargs)
         return read(stream, completion_piece, completion)
 
@@ -424,7 +424,7 @@ class APELLM(CustomLLM):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """Answer a conversation piece by piece; closing the generator stops the model."""
+        """Answer piece by piece, as for `complete`; closing the stream stops the model."""
         stream = self._open(self.render_messages(messages), kwargs)
         return read(stream, chat_piece, chat_answer)
 
@@ -432,7 +432,7 @@ class APELLM(CustomLLM):
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
-        """Complete a prompt; cancelling the task stops the model."""
+        """Complete a prompt, as for `complete`; cancelling the task stops the model."""
         return completion(
             await run_generation(
                 lambda stop: self._generate(self.render_completion(prompt, formatted), kwargs, stop)
@@ -443,7 +443,7 @@ class APELLM(CustomLLM):
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        """Complete a prompt piece by piece; closing the generator stops the model."""
+        """Complete a prompt piece by piece, as for `complete`; closing it stops the model."""
         stream = await run_generation(
             lambda _: self._open(self.render_completion(prompt, formatted), kwargs)
         )
@@ -451,7 +451,7 @@ class APELLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer a conversation; cancelling the task stops the model."""
+        """Answer a conversation, as for `complete`; cancelling the task stops the model."""
         return chat_answer(
             await run_generation(
                 lambda stop: self._generate(self.render_messages(messages), kwargs, stop)
@@ -462,7 +462,7 @@ class APELLM(CustomLLM):
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        """Answer a conversation piece by piece; closing the generator stops the model."""
+        """Answer piece by piece, as for `complete`; closing the stream stops the model."""
         stream = await run_generation(lambda _: self._open(self.render_messages(messages), kwargs))
         return aread(stream, chat_piece, chat_answer)
 

@@ -301,7 +301,7 @@ class KVStore(Protocol):
         ...
 
     def get(self, key: str, spec: KVSpec) -> KVStates | None:
-        """Load an entry into fresh memory; None is a miss."""
+        """Load an entry into fresh memory, arguments as for `load`; None is a miss."""
         ...
 
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
@@ -403,7 +403,7 @@ class LoadsByGet:
     """What every store shares: `get`, ``in`` and the ``with`` statement."""
 
     def get(self: KVStore, key: str, spec: KVSpec) -> KVStates | None:
-        """Load an entry into fresh memory; None is a miss."""
+        """Load an entry into fresh memory, arguments as for `load`; None is a miss."""
         destination = spec.allocate()
         if self.load(key, spec, destination) is None:
             return None

@@ -142,7 +142,7 @@ class DiskKVStore(LoadsByGet):
         return nbytes
 
     def peek(self, key: str, spec: KVSpec) -> tuple[KVStates, str] | None:
-        """Return an entry and its tag without counting a use, for tiers."""
+        """Return an entry and its tag without counting a use, for tiers, as for `load`."""
         row = self._find(self._keys.full(key))
         destination = spec.allocate()
         if row is None or self._read(row, spec, destination) is None:

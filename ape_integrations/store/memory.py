@@ -82,6 +82,8 @@ class MemoryKVStore(LoadsByGet):
     def peek(self, key: str, spec: KVSpec) -> tuple[KVStates, str] | None:
         """Return the stored states themselves and their tag, without counting a use.
 
+        Arguments as for `load`.
+
         For tiers, which do not write to them; everybody else calls `load` or `get`, which copy.
         """
         with self._lock:
@@ -107,7 +109,7 @@ class MemoryKVStore(LoadsByGet):
         return self.adopt(key, states.copy(), tag)
 
     def adopt(self, key: str, states: KVStates, tag: str = "") -> bool:
-        """Store states without copying them, for tiers: nobody else holds them, or ever will."""
+        """Store states as for `put`, but without a copy: nobody else holds them, or ever will."""
         with self._lock:
             self._drop(key)
             if not self._make_room(states.nbytes):

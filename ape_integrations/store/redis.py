@@ -111,7 +111,7 @@ class RedisKVStore(LoadsByGet):
         return found[0]
 
     def peek(self, key: str, spec: KVSpec) -> tuple[KVStates, str] | None:
-        """Return an entry and its tag without counting a use, for tiers."""
+        """Return an entry and its tag without counting a use, for tiers, as for `load`."""
         destination = spec.allocate()
         found = self._read(self._keys.full(key), spec, destination)
         return (from_layers(destination), found[1]) if found else None
