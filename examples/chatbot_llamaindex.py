@@ -16,6 +16,7 @@ from pathlib import Path
 from llama_index.core import ChatPromptTemplate, SimpleDirectoryReader
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode
+from llama_index.readers.file import HTMLTagReader
 from llama_index.retrievers.bm25 import BM25Retriever
 
 from ape_integrations import APELLM
@@ -41,10 +42,13 @@ def main() -> None:
         max_new_tokens=arguments.max_new_tokens,
         generate_kwargs={"do_sample": False},
     )
+    html = HTMLTagReader("body", ignore_no_id=False)
     splitter = SentenceSplitter(chunk_size=arguments.chunk_size, chunk_overlap=0)
 
     def read(path: Path) -> Sequence[BaseNode]:
-        documents = SimpleDirectoryReader(input_files=[path]).load_data()
+        documents = SimpleDirectoryReader(
+            input_files=[path], file_extractor={".html": html, ".htm": html}
+        ).load_data()
         return splitter.get_nodes_from_documents(documents)
 
     def retriever(nodes: list[BaseNode]) -> BM25Retriever:

@@ -60,10 +60,18 @@ def model_note(model: str | None, *, demo_files: bool) -> str:
 
 
 def example_questions(folder: Path) -> list[str]:
-    """Return questions that a folder's `EXAMPLES_FILE` marks as fit for a first try."""
+    """Return questions that a folder's `EXAMPLES_FILE` marks as fit for a first try.
+
+    Only those that stand alone and are answered by one file: whether word search finds a second
+    one is chance.
+    """
     try:
         listed = json.loads((folder / EXAMPLES_FILE).read_text(encoding="utf-8"))
-        marked = [str(q["question"]) for q in listed if q.get("quickstart") and "history" not in q]
+        marked = [
+            str(one["question"])
+            for one in listed
+            if one.get("quickstart") and "history" not in one and len(one["sources"]) == 1
+        ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
     return marked[:_EXAMPLES]

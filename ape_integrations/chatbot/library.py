@@ -236,7 +236,7 @@ class Library:
             raise ConfigError(f"{name}: cannot be read ({reason}).") from error
         texts = [(text, page) for text, page in read if any(map(str.isalnum, text))]
         if not texts:
-            raise ConfigError(f"{name}: there is no text in it (a scan without text?).")
+            raise ConfigError(f"{name}: no text was found in it (a scan, perhaps?).")
         numbered = enumerate(texts, 1)
         return _File(stamp, [Passage(text, name, at, page) for at, (text, page) in numbered])
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 
 #: Seconds between two looks at a library that is being read.
-_PAUSE = 0.2
+_PAUSE = 0.5
 
 #: A tab keeps its name when it is loaded again, and another tab has another one.
 _NAME_OF_TAB = """() => {
@@ -120,8 +119,10 @@ class Page:
         about = self._introduction
         with gr.Blocks(
             title=about.title, analytics_enabled=False, fill_height=True, fill_width=True
-        ) as blocks:
+        ) as context:
+            blocks: gr.Blocks = context
             tab = gr.Textbox(visible=False)
+            timer = gr.Timer(_PAUSE)
             with gr.Row(elem_id="ape-columns", equal_height=False):
                 with gr.Column(scale=3, min_width=420):
                     with gr.Row(elem_id="ape-top"):
@@ -179,8 +180,9 @@ class Page:
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             shown = [question, chat, figures]
             blocks.load(self._name_tab, tab, tab, js=_NAME_OF_TAB, **quiet).then(
-                self._restore, tab, [*shown, files], **quiet
+                self._restore, tab, shown, **quiet
             )
+            timer.tick(self._progress, None, [question, files, timer], **quiet)
             question.submit(self._ask, [question, compare, tab], shown, **quiet)
             for example in examples:
                 example.click(self._ask, [example, compare, tab], shown, **quiet)
@@ -188,7 +190,7 @@ class Page:
             compare.input(self._compare, [compare, tab], shown, **quiet)
             clear.click(self._clear, tab, shown, queue=False, **quiet)
             chat.clear(self._clear, tab, shown, queue=False, **quiet)
-            upload.upload(self._upload, upload, [upload, files, question], **quiet)
+            upload.upload(self._upload, upload, [upload, files, timer], **quiet)
             blocks.unload(self._leave)
         return blocks
 
@@ -205,15 +207,17 @@ class Page:
         if tab is not None and tab not in self._tabs.values():
             self._conversations[tab].stop()
 
-    async def _restore(self, tab: str) -> AsyncIterator[list[Any]]:
-        """Show what a tab showed before, then how reading goes on."""
+    def _restore(self, tab: str) -> list[Any]:
+        """Show what a tab showed before."""
         conversation = self._conversations[tab]
         conversation.stop()
-        yield [*self._shown(conversation), documents(self._library)]
-        while self._library.status.phase != "ready":
-            await asyncio.sleep(_PAUSE)
-            yield [self._input(False), gr.skip(), gr.skip(), documents(self._library)]
-        yield [self._input(False), gr.skip(), gr.skip(), documents(self._library)]
+        return self._shown(conversation)
+
+    def _progress(self) -> list[Any]:
+        """Show how reading goes on; stop asking once all is warm."""
+        going = self._library.status.phase != "ready"
+        invitation = gr.update(**self._invitation())
+        return [invitation, documents(self._library), gr.Timer(active=going)]
 
     def _ask(self, question: str, compare: bool, tab: str) -> Iterator[list[Any]]:
         conversation = self._conversations[tab]
@@ -249,21 +253,17 @@ class Page:
         conversation.clear()
         return self._shown(conversation)
 
-    async def _upload(self, paths: Sequence[str] | None) -> AsyncIterator[list[Any]]:
+    def _upload(self, paths: Sequence[str] | None) -> list[Any]:
         """Read files for as long as the server runs."""
         for path in map(Path, paths or ()):
             try:
-                passages = await asyncio.to_thread(self._library.add, path, path.name)
+                passages = self._library.add(path, path.name)
                 gr.Info(as_text(f"{path.name}: {passages} passages. Kept until the server ends."))
             except APEError as error:
                 gr.Warning(as_text(str(error)), duration=20)
             finally:
                 path.unlink(missing_ok=True)
-            yield [gr.skip(), documents(self._library), self._input(False)]
-        while self._library.status.phase == "warming":
-            yield [gr.skip(), documents(self._library), gr.skip()]
-            await asyncio.sleep(_PAUSE)
-        yield [gr.update(value=None), documents(self._library), gr.skip()]
+        return [gr.update(value=None), documents(self._library), gr.Timer(active=True)]
 
     # What they see ------------------------------------------------------------------------------
 
@@ -273,17 +273,17 @@ class Page:
         return [self._input(running), messages(turns), panel(turns)]
 
     def _input(self, running: bool, **more: Any) -> Any:
-        """Return the state of the text box: nothing to ask yet, ready, or busy."""
-        ready = bool(self._library.passages)
-        waiting = self._library.status.phase == "reading"
-        placeholder = "Ask something" if ready else "Add files to ask about"
-        return gr.update(
-            interactive=ready,
-            placeholder="Reading the documents ..." if waiting and not ready else placeholder,
-            submit_btn=not running,
-            stop_btn=running,
-            **more,
-        )
+        """Return the state of the text box while an answer is generated, or not."""
+        state = {"submit_btn": not running, "stop_btn": running, **more}
+        return gr.update(**self._invitation(), **state)
+
+    def _invitation(self) -> dict[str, Any]:
+        """Return whether something can be asked, and what the text box says to that."""
+        if self._library.passages:
+            return {"interactive": True, "placeholder": "Ask something"}
+        reading = self._library.status.phase == "reading"
+        said = "Reading the documents ..." if reading else "Add files to ask about"
+        return {"interactive": False, "placeholder": said}
 
 
 def _heading(about: Introduction) -> str:

@@ -77,6 +77,7 @@ def _pipeline(
         from llama_index.core import ChatPromptTemplate, SimpleDirectoryReader
         from llama_index.core.node_parser import SentenceSplitter
         from llama_index.core.schema import BaseNode
+        from llama_index.readers.file import HTMLTagReader
         from llama_index.retrievers.bm25 import BM25Retriever
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
@@ -92,6 +93,7 @@ def _pipeline(
         max_new_tokens=max_new_tokens,
         generate_kwargs={"do_sample": False},
     )
+    html = HTMLTagReader("body", ignore_no_id=False)
     splitter = SentenceSplitter(chunk_size=chunk_size, chunk_overlap=0)
     prompt = ChatPromptTemplate.from_messages(
         [
@@ -104,7 +106,9 @@ def _pipeline(
     )
 
     def read(path: Path) -> Sequence[BaseNode]:
-        documents = SimpleDirectoryReader(input_files=[path]).load_data()
+        documents = SimpleDirectoryReader(
+            input_files=[path], file_extractor={".html": html, ".htm": html}
+        ).load_data()
         return splitter.get_nodes_from_documents(documents)
 
     def retriever(nodes: list[BaseNode]) -> BM25Retriever:

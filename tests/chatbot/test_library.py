@@ -86,7 +86,7 @@ def test_a_200_mb_file_is_left_out_unread(echo: Echo, open_library: Open, folder
         ("picture.txt", b"\x89PNG\r\n\x1a\n\0\0", "binary"),
         ("latin.md", "Köln".encode("latin-1"), "UTF-8"),
         ("empty.txt", b"", "empty"),
-        ("blank.txt", b" \n\n ", "no text"),
+        ("blank.txt", b" \n\n ", "no text was found"),
         ("report.pdf", b"<html>not found</html>", "no PDF"),
     ],
 )
