@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from ape_integrations.core.model import ModelInfo
 from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import Figures
+from ape_integrations.core.threads import PassingExecutor, release_openmp_team
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -151,6 +152,7 @@ class SharedBatches:
             return sum(map(len, self._waiting.values()))
 
     def _wait(self, key: Hashable, call: _Call) -> None:
+        release_openmp_team()
         try:
             call.turn.wait()
         except BaseException:  # an interrupt of the main thread
@@ -322,5 +324,6 @@ def run_together(call: Callable[[T], R], items: Sequence[T], at_once: int | None
             return call(item)
 
     contexts = [copy_context() for _ in items]
-    with ThreadPoolExecutor(workers, thread_name_prefix="ape-batch") as pool:
+    release_openmp_team()
+    with PassingExecutor(workers, "ape-batch") as pool:
         return list(pool.map(lambda context, item: context.run(run, item), contexts, items))
