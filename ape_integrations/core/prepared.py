@@ -131,6 +131,11 @@ class PromptPreparer:
         ConfigError
             A context is empty.
         """
+        for text in contexts:
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"Contexts are strings, not {type(text).__name__}: pass a document's text."
+                )
         if any(not text.strip() for text in contexts):
             raise ConfigError("A context is empty. Leave empty texts out.")
         separator = self._config.context_separator

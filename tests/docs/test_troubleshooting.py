@@ -307,6 +307,7 @@ def test_messages_of_the_page_are_those_of_the_package(
         _message(lambda: langchain().bind_tools([_tool]).invoke([HumanMessage("Hello")])),
         _message(lambda: APEConfig(attention_temperature=3)),
         _message(lambda: generator().warm("Read.", [""])),
+        _message(lambda: generator().warm("Read.", [Document(page_content=TEXTS[0])])),
     ]
     with pytest.warns(UserWarning) as warned:
         narrow.generate("Read.", TEXTS, "Where?", max_new_tokens=2)
