@@ -29,6 +29,9 @@ KEPT_CONVERSATIONS = 200
 #: Seconds between two looks at an answer that goes on: text arrives in readable portions.
 _PAUSE = 0.05
 
+#: Seconds before the first look.
+_FIRST_LOOK = 0.15
+
 #: Seconds for showing an answer before the comparison with it is measured.
 _DRAWING = 0.25
 
@@ -235,10 +238,11 @@ def _watch(
     turn: Turn, changes: queue.SimpleQueue[bool], thread: threading.Thread
 ) -> Iterator[Turn]:
     """Yield the turn when it has changed, at most every `_PAUSE` seconds, until it is complete."""
+    thread.start()
     try:
-        # Shown before the work starts, so that drawing it does not disturb the measurement.
+        # A first token that comes soon is not delayed by drawing a page without it.
+        turn.stopping.wait(_FIRST_LOOK)
         yield turn
-        thread.start()
         going = True
         while going and not turn.stopping.wait(_PAUSE):
             changed = False

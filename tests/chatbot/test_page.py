@@ -274,7 +274,8 @@ def test_screenshots(open_tab: Callable[..., Tab], scheme: str) -> None:
         tab.sees("#ape-figures", f"Answer {number}")
         sync_api.expect(tab.page.locator("#ape-figures rect")).to_have_count(2 * number)
         sync_api.expect(tab.page.locator("#ape-question button.submit-button")).to_be_visible()
-    tab.page.locator(".ape-source summary").nth(-4).click()
+    tab.answers.last.locator(".ape-source summary").first.click()
+    tab.page.mouse.move(0, 0)
     tab.page.wait_for_timeout(500)
     suffix = "" if scheme == "light" else "-dark"
     tab.page.screenshot(path=Path(os.environ["APE_SCREENSHOTS"]) / f"chatbot{suffix}.png")
