@@ -175,6 +175,11 @@ def test_padding_does_not_change_penalties() -> None:
     assert max(batches.sizes) >= 3
     for query, answer in zip(QUERIES, answers, strict=True):
         assert answer.result().token_ids == alone(query, repetition_penalty=3.0).token_ids
+    prompts = [generator.prepare(PREFIX, DOCUMENTS, query) for query in QUERIES]
+    longest = max(prompts, key=lambda prompt: len(prompt.query))
+    ids, _ = generator._padded(longest, [prompt.query for prompt in prompts])
+    for row, prompt in zip(ids.tolist(), prompts, strict=True):
+        assert set(row) == set(prompt.logical_ids())
 
 
 @pytest.mark.parametrize(
