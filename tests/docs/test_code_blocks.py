@@ -21,6 +21,7 @@ import pytest
 import typer
 
 from ape_integrations.cli import app
+from ape_integrations.core.break_even import BreakEven
 from ape_integrations.models import demo_model_path
 
 from .markdown import Block, blocks
@@ -45,6 +46,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise AssertionError("a code block asked the network")
 
+    # How busy a machine is must not decide what a page prints.
+    monkeypatch.setattr(BreakEven, "plan", lambda *_: "cached")
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for name in ("HOME", "XDG_CACHE_HOME"):
