@@ -22,6 +22,11 @@ def _commands() -> str:
         [*command, "--name", "ape-integrations"], capture_output=True, text=True, check=True
     )
     # The first part is the list of commands, which the page's own table of contents shows.
-    commands = done.stdout.partition("\n## ")[2]
-    bench = build_parser("ape-integrations bench").format_help()
-    return f"## {commands}\n\n### Options of bench\n\n```text\n{bench}```\n"
+    sections = done.stdout.split("\n## ")[1:]
+    options = build_parser("ape-integrations bench").format_help()
+    return "".join(
+        f"\n## {section}\n```text\n{options}```\n"
+        if section.startswith("`ape-integrations bench`")
+        else f"\n## {section}"
+        for section in sections
+    )
