@@ -183,7 +183,7 @@ class TokenSink(StoppingCriteria):
         on_text: Callable[[str], None] | None = None,
         single: bool = True,
     ) -> None:
-        self._rows = rows
+        self.rows = rows
         self._seen = prompt_length
         self._end_tokens = set(end_tokens)
         self._criteria = StoppingCriteriaList(criteria)
@@ -203,17 +203,17 @@ class TokenSink(StoppingCriteria):
         if self._single:
             wanted = stop.tolist()
             for index, new in enumerate(input_ids[:, self._seen :].tolist()):
-                row = self._rows[index]
+                row = self.rows[index]
                 if not row.stopped:
                     self._take(row, new)
                     row.stopped |= wanted[index] or row.cancelled
                 stop[index] = row.stopped
             self._seen = input_ids.shape[1]
-        return stop | (self.cancelled.is_set() or all(row.cancelled for row in self._rows))
+        return stop | (self.cancelled.is_set() or all(row.cancelled for row in self.rows))
 
     def finish(self, sequences: Tensor) -> None:
         """Take what is left of the finished ``sequences``, prompt included, and show it."""
-        for row, new in zip(self._rows, sequences[:, self._seen :].tolist(), strict=True):
+        for row, new in zip(self.rows, sequences[:, self._seen :].tolist(), strict=True):
             if not row.stopped:
                 self._take(row, new)
             self._show(row, [], last=True)
@@ -228,7 +228,7 @@ class TokenSink(StoppingCriteria):
 
     def _show(self, row: Row, ids: list[int], *, last: bool = False) -> None:
         text = row.assembler.push(ids, last=last)
-        if text and self._on_text is not None and row is self._rows[0]:
+        if text and self._on_text is not None and row is self.rows[0]:
             self._on_text(text)
 
 

@@ -533,22 +533,9 @@ class APEGenerator:
             read = fitted.flat()
             queries = [read.query]
         input_ids, mask = self._padded(read, queries)
-        rows = [
-            Row(TextAssembler(self.tokens, own.stop), cancellations=own.cancellations)
-            for own in (request.settings for request in requests)
-        ]
-        kwargs = dict(settings.kwargs)
-        criteria = kwargs.pop("stopping_criteria", None) or []
-        if samplers := [own for request in requests if (own := request.settings.sampler)]:
-            given = kwargs.get("logits_processor") or []
-            kwargs["logits_processor"] = LogitsProcessorList([*given, RowSamplers(samplers)])
-        sink = TokenSink(
-            rows, input_ids.shape[1], settings.end_tokens, criteria, on_text, settings.single
-        )
+        sink, kwargs = self._sink(requests, input_ids.shape[1], on_text)
         if on_sink is not None:
             on_sink(sink)
-        if settings.stop and not settings.single:
-            kwargs.update(stop_strings=settings.stop, tokenizer=self.tokenizer)
 
         def generate(**cache: Any) -> Tensor:
             sequences: Any = self.model.generate(
@@ -556,7 +543,6 @@ class APEGenerator:
                 attention_mask=mask,
                 # Some models would go by what an earlier prompt with pictures has left in them.
                 position_ids=(mask.cumsum(dim=-1) - 1).clamp_min(0),
-                stopping_criteria=StoppingCriteriaList([sink]),
                 **kwargs,
                 **cache,
             )
@@ -585,10 +571,38 @@ class APEGenerator:
             request.figures.first_token = sink.first_token_time - request.figures.start
         return [
             _result(
-                row, replace(fitted, query=request.prompt.query), request.figures, len(rows), plan
+                row,
+                replace(fitted, query=request.prompt.query),
+                request.figures,
+                len(requests),
+                plan,
             )
-            for row, request in zip(rows, requests, strict=True)
+            for row, request in zip(sink.rows, requests, strict=True)
         ]
+
+    def _sink(
+        self,
+        requests: Sequence[Request],
+        prompt_length: int,
+        on_text: Callable[[str], None] | None,
+    ) -> tuple[TokenSink, dict[str, Any]]:
+        """Return what takes the new tokens, and the arguments of ``model.generate()``."""
+        settings = requests[0].settings
+        kwargs = dict(settings.kwargs)
+        criteria = kwargs.pop("stopping_criteria", None) or []
+        if samplers := [own for request in requests if (own := request.settings.sampler)]:
+            given = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, RowSamplers(samplers)])
+        if settings.stop and not settings.single:
+            kwargs.update(stop_strings=settings.stop, tokenizer=self.tokenizer)
+        rows = [
+            Row(TextAssembler(self.tokens, own.stop), cancellations=own.cancellations)
+            for own in (request.settings for request in requests)
+        ]
+        sink = TokenSink(
+            rows, prompt_length, settings.end_tokens, criteria, on_text, settings.single
+        )
+        return sink, {**kwargs, "stopping_criteria": StoppingCriteriaList([sink])}
 
     def _plan(self, prompt: PreparedPrompt, questions: int, new_tokens: int) -> Plan:
         """Say whether a prompt's contexts come from the store or are prefilled with the rest."""
