@@ -78,7 +78,7 @@ def load(path: Path) -> list[Document]:
     if path.suffix.lower() == ".pdf":
         return PyPDFLoader(str(path)).load()
     if path.suffix.lower() in (".html", ".htm"):
-        return BSHTMLLoader(path, "utf-8", {"features": "html.parser"}).load()
+        return BSHTMLLoader(path, "utf-8", {"features": "html.parser"}, " ").load()
     return TextLoader(path, "utf-8").load()
 
 

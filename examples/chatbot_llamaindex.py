@@ -16,12 +16,11 @@ from pathlib import Path
 from llama_index.core import ChatPromptTemplate, SimpleDirectoryReader
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode
-from llama_index.readers.file import HTMLTagReader
 from llama_index.retrievers.bm25 import BM25Retriever
 
 from ape_integrations import APELLM
 from ape_integrations.chatbot.arguments import parse_arguments
-from ape_integrations.chatbot.llama_index import LlamaIndexPipeline
+from ape_integrations.chatbot.llama_index import HTMLReader, LlamaIndexPipeline
 from ape_integrations.chatbot.serve import serve
 
 PROMPT = ChatPromptTemplate.from_messages(
@@ -42,7 +41,7 @@ def main() -> None:
         max_new_tokens=arguments.max_new_tokens,
         generate_kwargs={"do_sample": False},
     )
-    html = HTMLTagReader("body", ignore_no_id=False)
+    html = HTMLReader()
     splitter = SentenceSplitter(chunk_size=arguments.chunk_size, chunk_overlap=0)
 
     def read(path: Path) -> Sequence[BaseNode]:

@@ -10,6 +10,12 @@ from ape_integrations.store.sizes import parse_size
 
 DEFAULT_PORT = 7860
 
+#: Passages to retrieve.
+TOP_K = 4
+
+#: Of the demo's documents, each of which is no longer than two or three sentences.
+DEMO_TOP_K = 16
+
 
 def parse_arguments(description: str | None, default_folder: Path) -> argparse.Namespace:
     """Read the command line.
@@ -32,7 +38,11 @@ def parse_arguments(description: str | None, default_folder: Path) -> argparse.N
     )
     parser.add_argument("--model", help="Hub name or directory (default: the bundled model)")
     parser.add_argument("--cache-dir", type=Path, help="the store (default: the user's cache)")
-    parser.add_argument("--top-k", type=int, default=4, help="passages to retrieve")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        help=f"passages to retrieve (default: {TOP_K}; {DEMO_TOP_K} of the demo's short ones)",
+    )
     parser.add_argument("--chunk-size", type=int, default=512, help="tokens of a passage")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
     parser.add_argument(
@@ -45,6 +55,7 @@ def parse_arguments(description: str | None, default_folder: Path) -> argparse.N
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     arguments = parser.parse_args()
-
     arguments.default_files = arguments.folder.resolve() == default_folder.resolve()
+    if arguments.top_k is None:
+        arguments.top_k = DEMO_TOP_K if arguments.default_files else TOP_K
     return arguments

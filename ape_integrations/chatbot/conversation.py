@@ -29,7 +29,7 @@ KEPT_CONVERSATIONS = 200
 #: Seconds between two looks at an answer that goes on: text arrives in readable portions.
 _PAUSE = 0.05
 
-#: Seconds before the first look.
+#: Seconds after which a page is drawn without a first token.
 _FIRST_LOOK = 0.15
 
 #: Seconds for showing an answer before the comparison with it is measured.
@@ -241,9 +241,11 @@ def _watch(
     thread.start()
     try:
         # A first token that comes soon is not delayed by drawing a page without it.
-        turn.stopping.wait(_FIRST_LOOK)
+        try:
+            going = changes.get(timeout=_FIRST_LOOK)
+        except queue.Empty:
+            going = True
         yield turn
-        going = True
         while going and not turn.stopping.wait(_PAUSE):
             changed = False
             while going and not changes.empty():

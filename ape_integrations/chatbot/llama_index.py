@@ -4,17 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_index.core import ChatPromptTemplate
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.readers.base import BaseReader
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 
 from ape_integrations.chatbot.conversation import Turn
 from ape_integrations.chatbot.files import Passage
 from ape_integrations.chatbot.pipeline import Pipeline, with_carried
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.llama_index import APELLM, APECacheWarmer
+
+#: Elements whose text no browser shows.
+_HIDDEN = ("script", "style", "template", "noscript")
+
+
+class HTMLReader(BaseReader):
+    """Reads what an HTML file shows, whether or not it has a ``<body>``.
+
+    LlamaIndex's ``HTMLTagReader`` finds nothing without the tag that it is told, and takes a
+    script's source for text.
+    """
+
+    def load_data(self, file: Path, extra_info: dict[str, Any] | None = None) -> list[Document]:
+        """Return one document.
+
+        Parameters
+        ----------
+        file : Path
+            UTF-8.
+        extra_info : dict, optional
+            Metadata of the document.
+        """
+        from bs4 import BeautifulSoup
+
+        page = BeautifulSoup(Path(file).read_text(encoding="utf-8"), "html.parser")
+        for element in page(_HIDDEN):
+            element.decompose()
+        # A space between elements: "<td>a</td><td>b</td>" are two words.
+        lines = (" ".join(line.split()) for line in page.get_text(" ").splitlines())
+        return [Document(text="\n".join(filter(None, lines)), metadata=extra_info or {})]
 
 
 class LlamaIndexPipeline(Pipeline):

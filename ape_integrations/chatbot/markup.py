@@ -10,6 +10,9 @@ from ape_integrations.chatbot.conversation import Turn
 from ape_integrations.chatbot.files import Passage
 from ape_integrations.chatbot.library import Library
 
+#: Sources that stand below an answer; the rest opens with a click.
+_SOURCES = 4
+
 #: Code in Markdown, which is shown as it stands: between fences (a last one may still be open while
 #: an answer streams), or between backticks.
 _CODE = re.compile(r"((?:^|\n)```.*?(?:\n```|\Z)|`[^`\n]+`)", re.DOTALL)
@@ -58,12 +61,18 @@ def _note(text: str) -> str:
 
 def sources(passages: Sequence[Passage]) -> str:
     """Return the passages of an answer, each of which opens when its name is clicked."""
-    opened = "".join(
+    shown = "".join(map(_source, passages[:_SOURCES]))
+    if rest := "".join(map(_source, passages[_SOURCES:])):
+        more = f"{len(passages) - _SOURCES} more"
+        shown += f'<details class="ape-more"><summary>{more}</summary>{rest}</details>'
+    return f'<div class="ape-sources">{shown}</div>'
+
+
+def _source(passage: Passage) -> str:
+    return (
         f'<details class="ape-source"><summary>{as_text(passage.title)}</summary>'
         f'<div class="ape-passage">{as_text(passage.text)}</div></details>'
-        for passage in passages
     )
-    return f'<div class="ape-sources">{opened}</div>'
 
 
 def documents(library: Library) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 
 from ape_integrations.chatbot.introduction import (
     Introduction,
@@ -46,7 +47,8 @@ def serve(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
         sys.exit(f"Error: {error}")
     except OSError as error:  # the port is taken
         sys.exit(f"Error: {error} Choose another port with --port.")
-    console.print(f"Chat over {library.folder} at [bold]{address}[/bold]  (Ctrl-C ends it)")
+    said = f"Chat over {escape(str(library.folder))} at [bold]{address}[/bold]  (Ctrl-C ends it)"
+    console.print(said, soft_wrap=True)
     page.blocks.block_thread()
 
 

@@ -77,7 +77,6 @@ def _pipeline(
         from llama_index.core import ChatPromptTemplate, SimpleDirectoryReader
         from llama_index.core.node_parser import SentenceSplitter
         from llama_index.core.schema import BaseNode
-        from llama_index.readers.file import HTMLTagReader
         from llama_index.retrievers.bm25 import BM25Retriever
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
@@ -85,7 +84,7 @@ def _pipeline(
         ) from error
 
     from ape_integrations import APELLM
-    from ape_integrations.chatbot.llama_index import LlamaIndexPipeline
+    from ape_integrations.chatbot.llama_index import HTMLReader, LlamaIndexPipeline
 
     llm = APELLM(
         model_name=model,
@@ -93,7 +92,7 @@ def _pipeline(
         max_new_tokens=max_new_tokens,
         generate_kwargs={"do_sample": False},
     )
-    html = HTMLTagReader("body", ignore_no_id=False)
+    html = HTMLReader()
     splitter = SentenceSplitter(chunk_size=chunk_size, chunk_overlap=0)
     prompt = ChatPromptTemplate.from_messages(
         [

@@ -49,6 +49,14 @@ def test_html_in_a_document_or_its_name_is_text() -> None:
     assert "\n" not in html
 
 
+def test_most_of_many_sources_open_with_a_click() -> None:
+    html = sources([Passage(f"Text {number}.", f"{number}.txt") for number in range(6)])
+    before, after = html.split("<summary>2 more</summary>")
+    assert "Text 3." in before
+    assert "Text 4." not in before
+    assert "Text 5." in after
+
+
 def test_names_and_problems_of_documents_are_text(
     echo: Echo, open_library: Callable[..., Library], folder: object
 ) -> None:

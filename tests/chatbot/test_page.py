@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from ape_integrations.chatbot import Library, Pipeline
+from ape_integrations.chatbot.arguments import DEMO_TOP_K
 from ape_integrations.chatbot.serve import make_page
 from tests.chatbot.conftest import example_pipeline
 
@@ -139,7 +140,7 @@ def test_asking_sources_comparing_and_reloading(open_tab: Callable[..., Tab]) ->
     # An example is asked with a click, and answered with its figures.
     tab.page.click("text=Where is Argent Optics based?")
     tab.sees("#ape-chat", "Argent Optics operates from Geneva.")
-    tab.sees("#ape-figures", "4 of 4")
+    tab.sees("#ape-figures", f"{DEMO_TOP_K} of {DEMO_TOP_K}")
     assert "sequentially" not in tab.page.inner_text(".ape-big")
 
     # A source opens its passage.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ape_integrations.chatbot import Conversation, Library, Pipeline, Turn
+from ape_integrations.chatbot.arguments import DEMO_TOP_K, TOP_K
 from ape_integrations.chatbot.introduction import (
     NOTE_DEMO_FILES,
     NOTE_OTHER_FILES,
@@ -19,6 +20,8 @@ from tests.chatbot.conftest import DATA, example_pipeline
 
 PAGE = b"""<html><head><title>Verona</title><style>p {}</style></head><body>
 <p>Verona lies on the Adige.</p><script>window.pwned = 1</script></body></html>"""
+
+FRAGMENT = b"<table><tr><td>Riga</td><td>Graz</td></tr></table><script>window.pwned = 1</script>"
 
 
 def pdf(text: str) -> bytes:
@@ -72,7 +75,7 @@ def test_warming_leaves_nothing_to_encode(conversation: Conversation) -> None:
     turn = ask(conversation, "Where is Argent Optics based?")
     assert "Geneva" in turn.answer
     assert turn.passages[0].source == "argent_optics.txt"
-    assert turn.report["hits"] == turn.report["contexts"] == len(turn.passages) == 4
+    assert turn.report["hits"] == turn.report["contexts"] == len(turn.passages) == DEMO_TOP_K
     assert turn.report["misses"] == 0
 
 
@@ -152,12 +155,19 @@ def test_the_example_questions_are_answered(conversation: Conversation) -> None:
     assert not wrong
 
 
+def test_the_demo_s_short_documents_are_retrieved_in_larger_numbers(tmp_path: Path) -> None:
+    for options, expected in (((), DEMO_TOP_K), ((str(tmp_path),), TOP_K), (("--top-k", "2"), 2)):
+        _, arguments = example_pipeline("chatbot_llamaindex", tmp_path, *options)
+        assert arguments.top_k == expected
+
+
 def test_every_kind_of_file_is_read(pipeline: Pipeline, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "a.txt").write_text("Porto lies on the Douro.")
     (folder / "b.md").write_text("# Ghent\n\nGhent lies on the **Lys**.")
     (folder / "c.html").write_bytes(PAGE)
+    (folder / "cc.htm").write_bytes(FRAGMENT)
     (folder / "d.pdf").write_bytes(pdf("Tampere lies on the Tammerkoski."))
     (folder / "e.pdf").write_bytes(b"%PDF-1.4 damaged")
     library = Library(pipeline, folder, directory=tmp_path / "cache")
@@ -168,7 +178,8 @@ def test_every_kind_of_file_is_read(pipeline: Pipeline, tmp_path: Path) -> None:
     assert texts["a.txt"] == "Porto lies on the Douro."
     assert "Ghent lies on the" in texts["b.md"]
     assert "Verona lies on the Adige." in texts["c.html"]
-    assert "p {}" not in texts["c.html"]
+    assert texts["cc.htm"].split() == ["Riga", "Graz"]
+    assert not any(hidden in texts["c.html"] for hidden in ("p {}", "window", "<"))
     assert texts["d.pdf"] == "Tampere lies on the Tammerkoski."
     assert library.passages[-1].title == "d.pdf, page 1"
     assert [problem.partition(":")[0] for problem in library.problems] == ["e.pdf"]
