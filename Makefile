@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo chat test lint stress bench models docs clean
+.PHONY: demo chat test lint stress bench quality models docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart_llamaindex.py
@@ -27,6 +27,11 @@ stress: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/ape-integrations bench
+
+# Answers again what docs/quality.md reports; fails where a mean leaves its interval.
+quality: $(VENV)/.installed
+	$(BIN)/ape-integrations eval --check docs/quality.json
+	$(BIN)/ape-integrations eval --check docs/quality-hard.json
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
