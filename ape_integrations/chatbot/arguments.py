@@ -13,8 +13,9 @@ DEFAULT_PORT = 7860
 #: Passages to retrieve.
 TOP_K = 4
 
-#: Of the demo's documents, each of which is no longer than two or three sentences.
-DEMO_TOP_K = 16
+#: Of the demo's documents, each of which is no longer than two or three sentences: all of them make
+#: a prompt as long as a few pages of other files.
+DEMO_TOP_K = 32
 
 
 def parse_arguments(description: str | None, default_folder: Path) -> argparse.Namespace:
@@ -41,7 +42,7 @@ def parse_arguments(description: str | None, default_folder: Path) -> argparse.N
     parser.add_argument(
         "--top-k",
         type=int,
-        help=f"passages to retrieve (default: {TOP_K}; {DEMO_TOP_K} of the demo's short ones)",
+        help=f"passages to retrieve (default: {TOP_K}, and all of the demo's short ones)",
     )
     parser.add_argument("--chunk-size", type=int, default=512, help="tokens of a passage")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")

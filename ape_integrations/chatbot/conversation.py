@@ -29,7 +29,7 @@ KEPT_CONVERSATIONS = 200
 #: Seconds between two looks at an answer that goes on: text arrives in readable portions.
 _PAUSE = 0.05
 
-#: Seconds after which a page is drawn without a first token.
+#: Seconds before the first look.
 _FIRST_LOOK = 0.15
 
 #: Seconds for showing an answer before the comparison with it is measured.
@@ -241,11 +241,9 @@ def _watch(
     thread.start()
     try:
         # A first token that comes soon is not delayed by drawing a page without it.
-        try:
-            going = changes.get(timeout=_FIRST_LOOK)
-        except queue.Empty:
-            going = True
+        turn.stopping.wait(_FIRST_LOOK)
         yield turn
+        going = True
         while going and not turn.stopping.wait(_PAUSE):
             changed = False
             while going and not changes.empty():

@@ -182,7 +182,7 @@ class Page:
             blocks.load(self._name_tab, tab, tab, js=_NAME_OF_TAB, **quiet).then(
                 self._restore, tab, shown, **quiet
             )
-            timer.tick(self._progress, None, [question, files, timer], **quiet)
+            timer.tick(self._progress, tab, [question, files, timer], **quiet)
             question.submit(self._ask, [question, compare, tab], shown, **quiet)
             for example in examples:
                 example.click(self._ask, [example, compare, tab], shown, **quiet)
@@ -213,10 +213,11 @@ class Page:
         conversation.stop()
         return self._shown(conversation)
 
-    def _progress(self) -> list[Any]:
+    def _progress(self, tab: str) -> list[Any]:
         """Show how reading goes on; stop asking once all is warm."""
         going = self._library.status.phase != "ready"
-        invitation = gr.update(**self._invitation())
+        # A tab without a name yet has no conversation to ask in.
+        invitation = gr.update(**self._invitation()) if tab else gr.skip()
         return [invitation, documents(self._library), gr.Timer(active=going)]
 
     def _ask(self, question: str, compare: bool, tab: str) -> Iterator[list[Any]]:

@@ -18,7 +18,6 @@ import pytest
 from rich.console import Console
 
 from ape_integrations.chatbot import Library, Pipeline
-from ape_integrations.chatbot.arguments import DEMO_TOP_K
 from ape_integrations.chatbot.serve import make_page
 from tests.chatbot.conftest import example_pipeline
 
@@ -135,12 +134,15 @@ def answering(library: Library) -> int:
     return library._answering
 
 
-def test_asking_sources_comparing_and_reloading(open_tab: Callable[..., Tab]) -> None:
+def test_asking_sources_comparing_and_reloading(
+    open_tab: Callable[..., Tab], server: Server
+) -> None:
     tab = open_tab()
     # An example is asked with a click, and answered with its figures.
     tab.page.click("text=Where is Argent Optics based?")
     tab.sees("#ape-chat", "Argent Optics operates from Geneva.")
-    tab.sees("#ape-figures", f"{DEMO_TOP_K} of {DEMO_TOP_K}")
+    passages = len(server.library.passages)
+    tab.sees("#ape-figures", f"{passages} of {passages}")
     assert "sequentially" not in tab.page.inner_text(".ape-big")
 
     # A source opens its passage.
@@ -276,6 +278,7 @@ def test_screenshots(open_tab: Callable[..., Tab], scheme: str) -> None:
         sync_api.expect(tab.page.locator("#ape-figures rect")).to_have_count(2 * number)
         sync_api.expect(tab.page.locator("#ape-question button.submit-button")).to_be_visible()
     tab.answers.last.locator(".ape-source summary").first.click()
+    tab.page.locator(".ape-more > summary").last.scroll_into_view_if_needed()
     tab.page.mouse.move(0, 0)
     tab.page.wait_for_timeout(500)
     suffix = "" if scheme == "light" else "-dark"

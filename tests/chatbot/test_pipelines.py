@@ -21,6 +21,7 @@ from tests.chatbot.conftest import DATA, example_pipeline
 PAGE = b"""<html><head><title>Verona</title><style>p {}</style></head><body>
 <p>Verona lies on the Adige.</p><script>window.pwned = 1</script></body></html>"""
 
+EXAMPLES = ("chatbot_llamaindex", "chatbot_langchain")
 FRAGMENT = b"<table><tr><td>Riga</td><td>Graz</td></tr></table><script>window.pwned = 1</script>"
 
 
@@ -48,7 +49,7 @@ def pdf(text: str) -> bytes:
     )
 
 
-@pytest.fixture(scope="module", params=["chatbot_llamaindex", "chatbot_langchain"])
+@pytest.fixture(scope="module", params=EXAMPLES)
 def pipeline(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pipeline]:
@@ -75,16 +76,24 @@ def test_warming_leaves_nothing_to_encode(conversation: Conversation) -> None:
     turn = ask(conversation, "Where is Argent Optics based?")
     assert "Geneva" in turn.answer
     assert turn.passages[0].source == "argent_optics.txt"
-    assert turn.report["hits"] == turn.report["contexts"] == len(turn.passages) == DEMO_TOP_K
+    assert turn.report["hits"] == turn.report["contexts"] == len(turn.passages)
+    assert len(turn.passages) == len(conversation._library.passages)
     assert turn.report["misses"] == 0
 
 
-def test_a_follow_up_reads_the_passage_it_is_about(conversation: Conversation) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_follow_up_reads_the_passage_it_is_about(name: str, tmp_path: Path) -> None:
+    pipeline, _ = example_pipeline(name, tmp_path, "--top-k", "1")
+    library = Library(pipeline, DATA, directory=tmp_path)
+    library.start()
+    assert library.wait(60)
+    conversation = Conversation(pipeline, library, 32)
     first = ask(conversation, "Where does Otto Winter live?")
     turn = ask(conversation, "And which language does this person speak?")
     assert first.passages[0] in turn.passages
     assert first.question in turn.prompt
     assert turn.report["misses"] == 0
+    pipeline.generator.close()
 
 
 def test_comparing_runs_the_same_prompt_sequentially(
