@@ -1,22 +1,16 @@
 """Exact match of a model on the held-out part of the synthetic world.
 
-Every case is a prompt in three parts, prefix, contexts and query, and one expected answer. What
-runs the model is a callable ``(prefix, contexts, query) -> text``, so that ordinary sequential
-encoding, plain parallel encoding and APE are scored on the very same cases::
-
-    python -m ape_integrations.evaluation.demo --samples 50
+Every case is a prompt in three parts, prefix, contexts and query, and one expected answer.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ape_integrations.errors import ConfigError
 from ape_integrations.evaluation import prompts, world
-from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 
 __all__ = [
     "DEFAULT_GRID",
@@ -26,7 +20,6 @@ __all__ = [
     "demo_rows",
     "draw_cases",
     "evaluate",
-    "format_table",
     "select_grid",
     "sequential_generator",
 ]
@@ -278,55 +271,3 @@ def sequential_generator(model: Any, tokenizer: Any, *, max_new_tokens: int = 48
         return str(tokenizer.decode(new, skip_special_tokens=True))
 
     return generate
-
-
-def format_table(scores: Sequence[Score], title: str = "sequential") -> str:
-    """Return the scores as a Markdown table, one row per cell."""
-    rows = [f"| task | documents | {title} |", "|---|---:|---:|"]
-    rows += [
-        f"| {score.kind} | {score.documents} | {100 * score.accuracy:.1f} % |" for score in scores
-    ]
-    return "\n".join(rows)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Score a model, the bundled one by default, with ordinary sequential prompts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
-    parser.add_argument("--model", help=f"folder or name of a model (default: {DEMO_MODEL_NAME})")
-    parser.add_argument("--samples", type=int, default=50, help="cases per row")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--kinds", nargs="*", help="only these kinds of question")
-    parser.add_argument("--styles", nargs="*", help="only these prompt styles")
-    parser.add_argument("--show", type=int, default=0, help="print this many wrong answers")
-    args = parser.parse_args(argv)
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = args.model or demo_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
-    left = args.show
-
-    def show(case: Case, text: str) -> None:
-        nonlocal left
-        if left and text.strip() != case.answer:
-            left -= 1
-            print(f"[{case.kind}, {case.style}, {len(case.prompt.contexts)} documents]")
-            print(f"  query:    {case.prompt.query.strip()[-120:]!r}")
-            print(f"  expected: {case.answer!r}\n  got:      {text!r}")
-
-    grid = [cell for cell in DEFAULT_GRID if not args.kinds or cell[0] in args.kinds]
-    scores = evaluate(
-        sequential_generator(model, tokenizer),
-        tokenizer,
-        grid=grid,
-        samples=args.samples,
-        seed=args.seed,
-        styles=args.styles,
-        on_case=show,
-    )
-    print(format_table(scores))
-
-
-if __name__ == "__main__":
-    main()
