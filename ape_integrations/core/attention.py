@@ -293,6 +293,11 @@ def merge(partials: Sequence[Partial], sinks: Tensor | None, dtype: torch.dtype)
     lses = [lse for _, lse in partials]
     if sinks is not None:
         lses.append(sinks.float().view(1, -1, 1).expand_as(lses[0]))
+    if len(partials) == len(lses) == 2:
+        # The softmax of two is a sigmoid.
+        (first, _), (second, _) = partials
+        weight = (lses[1] - lses[0]).sigmoid().unsqueeze(-1)
+        return torch.lerp(first.to(weight.dtype), second.to(weight.dtype), weight).to(dtype)
     weights = torch.stack(lses).softmax(dim=0)
     merged = partials[0].output.float() * weights[0].unsqueeze(-1)
     for (output, _), weight in zip(partials[1:], weights[1:], strict=False):

@@ -106,6 +106,9 @@ class APECacheLayer(CacheLayerMixin):
         self.scale = scale
         self.length = 0
         self._prefix = self._fixed(prefix, self._prefix_positions, 0, layout.prefix_length - 1)
+        # A copy of the prefix stands before the tail, so that both are read at once. Padding, by
+        # which positions differ against the prefix alone, keeps them apart.
+        self._lead = 0 if self._padding is not None else layout.prefix_length
         self._contexts = contexts and self._fixed(
             contexts, self._context_positions, layout.prefix_length, layout.query_position - 1
         )
@@ -130,14 +133,31 @@ class APECacheLayer(CacheLayerMixin):
         first, last = offset + start, offset + end - 1
         device = self.keys.device
         return Partition(
-            self.keys[:, :, start:end],
-            self.values[:, :, start:end],
+            self.keys[:, :, self._lead + start : self._lead + end],
+            self.values[:, :, self._lead + start : self._lead + end],
             lambda: torch.arange(first, last + 1, device=device),
             first,
             last,
             causal,
             None if self._padding is None else self._visible(start, end, self._padding),
         )
+
+    def _before(self, end: int) -> list[Partition]:
+        """Return the prefix and the first ``end`` tokens of the tail."""
+        tail = self._tail(0, end, causal=False)
+        if not self._lead:
+            return [self._prefix, tail]
+        if not end:
+            return [self._prefix]
+        return [
+            Partition(
+                self.keys[:, :, : self._lead + end],
+                self.values[:, :, : self._lead + end],
+                lambda: torch.cat([self._prefix_positions(), tail.positions()]),
+                0,
+                tail.last_position,
+            )
+        ]
 
     @staticmethod
     def _visible(start: int, end: int, padding: Tensor) -> Tensor:
@@ -148,8 +168,11 @@ class APECacheLayer(CacheLayerMixin):
         """Allocate the tail for states like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = self._tail_capacity or key_states.shape[2] + TAIL_ROOM
-        self.keys = self._empty(key_states, capacity)
-        self.values = self._empty(value_states, capacity)
+        self.keys = self._empty(key_states, self._lead + capacity)
+        self.values = self._empty(value_states, self._lead + capacity)
+        if self._lead:
+            self.keys[:, :, : self._lead] = self._prefix.keys
+            self.values[:, :, : self._lead] = self._prefix.values
         if self._padding is not None:
             self._padding = self._padding.to(self.device)
         self.is_initialized = True
@@ -176,16 +199,14 @@ class APECacheLayer(CacheLayerMixin):
             self._arrival = None
         start, end = self.length, self.length + key_states.shape[2]
         self._reserve(end)
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
+        self.keys[:, :, self._lead + start : self._lead + end] = key_states
+        self.values[:, :, self._lead + start : self._lead + end] = value_states
         self.length = end
-        rest = [self._prefix]
         if end - start == 1:
             # A single token sees the whole tail, itself included.
-            rest.append(self._tail(0, end, causal=False))
+            rest = self._before(end)
         else:
-            rest.append(self._tail(0, start, causal=False))
-            rest.append(self._tail(start, end, causal=True))
+            rest = [*self._before(start), self._tail(start, end, causal=True)]
         states = PartitionedStates(
             rest,
             self._contexts,
@@ -198,14 +219,19 @@ class APECacheLayer(CacheLayerMixin):
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` tail tokens, doubling so that appending stays cheap."""
-        capacity = self.keys.shape[2]
-        if length <= capacity:
+        room, used = self.keys.shape[2], self._lead + self.length
+        if self._lead + length <= room:
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = self._empty(old, max(length, 2 * capacity))
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new = self._empty(old, max(self._lead + length, 2 * room))
+            new[:, :, :used] = old[:, :, :used]
             setattr(self, name, new)
+
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Return the tail's keys and values, ``(batch, kv_heads, length, head_dim)``."""
+        end = self._lead + self.length
+        return self.keys[:, :, self._lead : end], self.values[:, :, self._lead : end]
 
     def get_seq_length(self) -> int:
         """Return the logical length: prefix, longest context and tail."""
@@ -311,9 +337,9 @@ class APECache(Cache):
         self.name = name
 
     def tail_states(self) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """Return per layer the tail's keys and values ``(batch, heads, room, dim)``; its length."""
+        """Return per layer the tail's ``(batch, heads, length, dim)`` states, and its length."""
         layers: list[Any] = self.layers
-        return [(layer.keys, layer.values) for layer in layers], layers[0].length
+        return [layer.tail() for layer in layers], layers[0].length
 
     def restore_tail(self, states: Sequence[tuple[Tensor, Tensor]], length: int) -> None:
         """Start the tail with a copy of the first ``length`` tokens of another one's states."""
@@ -324,4 +350,5 @@ class APECache(Cache):
     def tail(self, layer_idx: int, item: int, length: int) -> tuple[Tensor, Tensor]:
         """Return the first ``length`` tail tokens of one batch item, ``(heads, length, dim)``."""
         layer: Any = self.layers[layer_idx]
-        return layer.keys[item, :, :length], layer.values[item, :, :length]
+        keys, values = layer.tail()
+        return keys[item, :, :length], values[item, :, :length]

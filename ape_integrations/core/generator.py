@@ -108,11 +108,11 @@ class APEGenerator:
         with unchanged_on_failure(model):
             self.model = model.eval()
             self.info = attach(model)
-            prepare_linears(model)
             self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
             if self.config.self_check:
                 self_check(model, self.info, self._encoder)
             self._arranger = self._make_arranger() if self.config.sequential else None
+        prepare_linears(model)
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
         self.store = open_store(store)

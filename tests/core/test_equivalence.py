@@ -149,10 +149,10 @@ def test_plain_and_fused_attention_agree(
     )
 
     keys = torch.cat(
-        [states[0].expand(2, -1, -1, -1), states[2].expand(2, -1, -1, -1), layer.keys[:, :, :10]], 2
+        [states[0].expand(2, -1, -1, -1), states[2].expand(2, -1, -1, -1), layer.tail()[0]], 2
     ).double()
     values = torch.cat(
-        [states[1].expand(2, -1, -1, -1), states[3].expand(2, -1, -1, -1), layer.values[:, :, :10]],
+        [states[1].expand(2, -1, -1, -1), states[3].expand(2, -1, -1, -1), layer.tail()[1]],
         2,
     ).double()
     positions = torch.tensor(
