@@ -179,9 +179,7 @@ class Page:
 
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             shown = [question, chat, figures]
-            blocks.load(self._name_tab, tab, tab, js=_NAME_OF_TAB, **quiet).then(
-                self._restore, tab, shown, **quiet
-            )
+            blocks.load(self._enter, tab, [tab, *shown], js=_NAME_OF_TAB, **quiet)
             timer.tick(self._progress, tab, [question, files, timer], **quiet)
             question.submit(self._ask, [question, compare, tab], shown, **quiet)
             for example in examples:
@@ -196,22 +194,21 @@ class Page:
 
     # What users do ------------------------------------------------------------------------------
 
-    def _name_tab(self, tab: str, request: gr.Request) -> str:
-        """Learn which tab a session of Gradio's is."""
+    def _enter(self, tab: str, request: gr.Request) -> list[Any]:
+        """Learn which tab a session of Gradio's is, and show what the tab showed before.
+
+        The page has the tab's name, and can ask, once nothing is left to be restored.
+        """
         self._tabs[str(request.session_hash)] = tab
-        return tab
+        conversation = self._conversations[tab]
+        conversation.stop()
+        return [tab, *self._shown(conversation)]
 
     def _leave(self, request: gr.Request) -> None:
         """Stop what is generated for a tab that was closed or is loaded again."""
         tab = self._tabs.pop(str(request.session_hash), None)
         if tab is not None and tab not in self._tabs.values():
             self._conversations[tab].stop()
-
-    def _restore(self, tab: str) -> list[Any]:
-        """Show what a tab showed before."""
-        conversation = self._conversations[tab]
-        conversation.stop()
-        return self._shown(conversation)
 
     def _progress(self, tab: str) -> list[Any]:
         """Show how reading goes on; stop asking once all is warm."""
