@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -73,14 +73,16 @@ def listen(generator: LazyGenerator) -> None:
 
 
 def _register_nodes(nodes: Sequence[BaseNode | NodeWithScore], query: Any = None) -> None:
-    _register(map(node_text, nodes), query, node_scores(nodes))
+    _register(map(node_text, nodes), query, lambda: node_scores(nodes))
 
 
 def _register(
-    texts: Iterable[str], query: Any = None, scores: Mapping[str, float] | None = None
+    texts: Iterable[str],
+    query: Any = None,
+    scores_of: Callable[[], Mapping[str, float] | None] = lambda: None,
 ) -> None:
     try:
-        kept = [text for text in texts if text.strip()]
+        kept, scores = [text for text in texts if text.strip()], scores_of()
         text = query.query_str if isinstance(query, QueryBundle) else query
         with _lock:
             listeners = list(_listeners)

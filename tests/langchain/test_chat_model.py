@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import weakref
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_no_model_is_the_bundled_one_and_that_is_said_once(
 ) -> None:
     monkeypatch.setattr(loading, "demo_model_path", lambda: saved_model)
     loading._told.clear()
+    # The chatbots say it on their page, and keep the log quiet for the rest of their process.
+    caplog.set_level(logging.WARNING, logger=loading.__name__)
     stores = [MemoryKVStore(), MemoryKVStore()]
     chats = [ChatAPE(store=store, max_tokens=2) for store in stores]
     names = [chat.invoke(HELLO).response_metadata["model_name"] for chat in chats]
