@@ -12,6 +12,7 @@ only thing that is not ordinary LangChain is the chat model: ``ChatAPE``.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -73,12 +74,14 @@ def main() -> None:
             max_tokens=arguments.max_new_tokens,
         )
         documents = read_documents(arguments.data, chat, arguments.chunk_size)
-        retriever = BM25Retriever.from_documents(documents, k=arguments.top_k)
+        retriever = BM25Retriever.from_documents(
+            documents, k=arguments.top_k, preprocess_func=words
+        )
 
         introduce(chat, documents)
         single = [question for question in questions if not question.history]
         talks = [question for question in questions if question.history]
-        for_agent = [Question(question.text, question.answer) for question in single[:2]]
+        for_agent = [Question(question.text, question.answer) for question in single[1:3]]
         for name, ask, asked in (
             ("LCEL chain", lcel_chain(chat, retriever), single),
             ("Retrieval chain with history", history_chain(chat, retriever), talks),
@@ -125,6 +128,11 @@ def history_chain(chat: ChatAPE, retriever: BaseRetriever) -> Ask:
         return str(chain.invoke(asked, config)["answer"])
 
     return ask
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into words for BM25, capitals and punctuation aside."""
+    return re.findall(r"\w+", text.lower())
 
 
 def agent(chat: ChatAPE, retriever: BaseRetriever) -> Ask:
