@@ -106,9 +106,7 @@ class APECacheLayer(CacheLayerMixin):
         self.scale = scale
         self.length = 0
         self._prefix = self._fixed(prefix, self._prefix_positions, 0, layout.prefix_length - 1)
-        # A copy of the prefix stands before the tail, so that both are read at once. Padding, by
-        # which positions differ against the prefix alone, keeps them apart.
-        self._lead = 0 if self._padding is not None else layout.prefix_length
+        self._lead = 0  # tokens of the prefix that stand before the tail
         self._contexts = contexts and self._fixed(
             contexts, self._context_positions, layout.prefix_length, layout.query_position - 1
         )
@@ -168,6 +166,10 @@ class APECacheLayer(CacheLayerMixin):
         """Allocate the tail for states like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = self._tail_capacity or key_states.shape[2] + TAIL_ROOM
+        if key_states.shape[0] == 1 and self._padding is None:
+            # A copy of the prefix before the tail lets both be read at once. A batch shares the
+            # prefix instead: a copy for each of its items could take more than all contexts do.
+            self._lead = self.layout.prefix_length
         self.keys = self._empty(key_states, self._lead + capacity)
         self.values = self._empty(value_states, self._lead + capacity)
         if self._lead:

@@ -233,3 +233,13 @@ def _as_double(states: PartitionedStates) -> PartitionedStates:
         for part in states.rest
     ]
     return dataclasses.replace(states, rest=rest)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_shares_its_prefix(batch: int) -> None:
+    """Encoding many short contexts behind a long prefix must not copy it for each of them."""
+    prefix = (torch.randn(2, 50, 8), torch.randn(2, 50, 8))
+    layer = APECacheLayer(ContextLayout(50, ()), prefix, tail_capacity=4)
+    parts, _ = layer.update(torch.randn(batch, 2, 4, 8), torch.randn(batch, 2, 4, 8))
+    assert layer.keys.shape[2] == (54 if batch == 1 else 4)
+    assert parts.rest[0].keys.shape[:3] == (1, 2, 50)
