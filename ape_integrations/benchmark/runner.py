@@ -22,14 +22,14 @@ from transformers.generation.streamers import BaseStreamer
 from ape_integrations.benchmark.memory import peak_bytes, reset_peak
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
-from ape_integrations.core.onednn import onednn_products
 from ape_integrations.core.prepared import PreparedPrompt
+from ape_integrations.core.products import fast_products
 from ape_integrations.store import DiskKVStore, MemoryKVStore
 
 #: What each mode is; the order of a run.
 MODES = {
     "sequential": "the whole prompt in one prefill (transformers, the model's own attention)",
-    "sequential, oneDNN": "the same with the matrix products that APE's runs use on this CPU",
+    "sequential, fast products": "the same with the matrix products that APE uses on this CPU",
     "prefix cache": "transformers' DynamicCache reused: same documents in the same order",
     "ape cold": "every context encoded, nothing stored yet",
     "ape disk": "states from disk, page cache warm, contexts assembled anew",
@@ -203,7 +203,9 @@ class _Session:
         self.kv_bytes = self._on_disk.info.spec(self._prompt.layout.total).nbytes
         self._steps: dict[str, Callable[[], Any]] = {
             "sequential": self._sequential,
-            "sequential, oneDNN": lambda: self._generate(self._on_disk, self._plain_prompt()),
+            "sequential, fast products": lambda: self._generate(
+                self._on_disk, self._plain_prompt()
+            ),
             "prefix cache": self._prefix,
             "ape cold": self._cold,
             "ape disk": lambda: self._warm(self._on_disk),
@@ -342,7 +344,7 @@ class _Session:
         generator, prompt = self._in_ram, self._prompt
         start = prompt.layout.query_position
         device = generator.info.input_device
-        with torch.no_grad(), onednn_products(), generator.assemble(prompt) as cache:
+        with torch.no_grad(), fast_products(), generator.assemble(prompt) as cache:
             began = time.perf_counter()
             generator.model(
                 input_ids=torch.tensor([prompt.query], device=device),

@@ -27,14 +27,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ape_integrations.core import onednn
+from ape_integrations.core import products
 from ape_integrations.errors import UnsupportedModelError
 
 #: Pieces into which keys are split for a query of at most so many rows, from so many keys on.
 SPLITS, SPLIT_ROWS, SPLIT_FROM = 16, 32, 1024
 
-#: Keys from which on oneDNN's matrix products are used, and logits that they may hold at a time.
+#: Keys from which on plain matrix products are used, and logits that they may hold at a time.
 PRODUCTS_FROM, PRODUCTS_LOGITS = 512, 1 << 22
+
+#: Rows up to which products only take the time to read the states, and keys from which on oneDNN is
+#: the faster one for such rows' weights and values. It compiles a kernel for each number of keys,
+#: which is a loss where that number grows with every token.
+PRODUCTS_FEW_ROWS, PRODUCTS_LONG = 4, 4096
 
 #: Keys that the plain implementation upcasts at a time; bounds its memory.
 PLAIN_BLOCK = 4096
@@ -299,9 +304,9 @@ def merge(partials: Sequence[Partial], sinks: Tensor | None, dtype: torch.dtype)
         weight = (lses[1] - lses[0]).sigmoid().unsqueeze(-1)
         return torch.lerp(first.to(weight.dtype), second.to(weight.dtype), weight).to(dtype)
     weights = torch.stack(lses).softmax(dim=0)
-    merged = partials[0].output.float() * weights[0].unsqueeze(-1)
+    merged = partials[0].output.to(weights.dtype) * weights[0].unsqueeze(-1)
     for (output, _), weight in zip(partials[1:], weights[1:], strict=False):
-        merged = torch.addcmul(merged, output.float(), weight.unsqueeze(-1))
+        merged = torch.addcmul(merged, output.to(weights.dtype), weight.unsqueeze(-1))
     return merged.to(dtype)
 
 
@@ -442,13 +447,15 @@ def _products_pay(rows: Tensor, keys: Tensor, values: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and keys[0, 0].is_contiguous()
         and values[0, 0].is_contiguous()
-        and onednn.pays()
+        and products.onednn_pays()
     )
 
 
 def _products_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
     """Attend head by head with two matrix products, some rows at a time to stay in the caches."""
     batch, heads, length, _ = rows.shape
+    if length <= PRODUCTS_FEW_ROWS and products.pieces_pay():
+        return _few_rows_cpu(rows, keys, values, scale)
     output = rows.new_empty(batch, heads, length, values.shape[-1])
     lse = rows.new_empty(batch, heads, length)
     step = max(1, PRODUCTS_LOGITS // keys.shape[2])
@@ -458,12 +465,34 @@ def _products_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> P
         head_keys, head_values = keys[shared, head], values[shared, head].t()
         for start in range(0, length, step):
             block = (item, head, slice(start, start + step))
-            logits = onednn.linear(scaled[block], head_keys)
+            logits = products.onednn_linear(scaled[block], head_keys)
             weights = logits.softmax(dim=-1)
-            output[block] = onednn.linear(weights, head_values)
-            # The largest weight belongs to the largest logit: exp(logit - lse).
-            lse[block] = logits.amax(dim=-1) - weights.amax(dim=-1).log()
+            output[block] = products.onednn_linear(weights, head_values)
+            lse[block] = _lse(logits, weights)
     return Partial(output, lse)
+
+
+def _few_rows_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
+    """Attend with products whose time is that of reading the states, as decoding needs it."""
+    outputs, lses = [], []
+    scaled = rows * scale
+    for item in range(rows.shape[0]):
+        shared = item if keys.shape[0] > 1 else 0
+        logits = products.in_pieces(scaled[item], keys[shared]).contiguous()
+        weights = logits.softmax(dim=-1)
+        if keys.shape[2] < PRODUCTS_LONG:
+            output = torch.bmm(weights, values[shared])
+        else:
+            heads = zip(weights, values[shared].mT, strict=True)
+            output = torch.stack([products.onednn_linear(*head) for head in heads])
+        outputs.append(output)
+        lses.append(_lse(logits, weights))
+    return Partial(torch.stack(outputs), torch.stack(lses))
+
+
+def _lse(logits: Tensor, weights: Tensor) -> Tensor:
+    """Return the LSE of logits from their softmax: a weight is ``exp(logit - lse)``."""
+    return logits.amax(dim=-1) - weights.amax(dim=-1).log()
 
 
 def _few_rows(rows: Tensor, keys: Tensor) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.context_sets import Layers
 from ape_integrations.core.model import ModelInfo, last_logits_only
-from ape_integrations.core.onednn import onednn_products
+from ape_integrations.core.products import fast_products
 from ape_integrations.store.base import KVStates
 
 
@@ -108,7 +108,7 @@ class ContextEncoder:
         for start in range(0, longest, self._max_batch_tokens):
             piece = ids[:, start : start + self._max_batch_tokens]
             positions = torch.arange(start, start + piece.shape[1], device=ids.device)
-            with onednn_products():
+            with fast_products():
                 self._model(
                     input_ids=piece,
                     position_ids=(positions + prefix_length).expand_as(piece),

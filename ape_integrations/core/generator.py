@@ -43,8 +43,8 @@ from ape_integrations.core.generation import (
 )
 from ape_integrations.core.loading import clear_loading_errors
 from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
-from ape_integrations.core.onednn import onednn_products, prepare_linears
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
+from ape_integrations.core.products import fast_products, prepare_linears
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
 from ape_integrations.core.recompute import SequenceArranger
 from ape_integrations.core.registry import ContextRegistry
@@ -511,7 +511,7 @@ class APEGenerator:
         return GenerationStream(run)
 
     @torch.no_grad()
-    @onednn_products()
+    @fast_products()
     def _run(
         self,
         requests: Sequence[Request],
@@ -671,7 +671,7 @@ class APEGenerator:
         return torch.tensor(ids, device=device), mask
 
     @torch.no_grad()
-    @onednn_products()
+    @fast_products()
     def query_logits(
         self,
         prefix_ids: Sequence[int],

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from ape_integrations.core import attention, onednn
+from ape_integrations.core import attention, products
 from ape_integrations.core.attention import (
     SPLIT_FROM,
     PartitionedStates,
@@ -189,15 +189,18 @@ def test_plain_and_fused_attention_agree(
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [SPLIT_FROM, SPLIT_FROM + 7, 3000])
-@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("way", ["flash", "products", "few rows", "few rows, long"])
 def test_long_contexts_equal_one_softmax(
-    total: int, dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+    total: int, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read in pieces or by plain products while decoding, batch items and head groups alike."""
-    if products and not onednn.available():
+    if way != "flash" and not products.onednn_available():
         pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(onednn, "pays", lambda: products)
+    monkeypatch.setattr(products, "onednn_pays", lambda: way != "flash")
+    monkeypatch.setattr(products, "pieces_pay", lambda: way.startswith("few"))
     monkeypatch.setattr(attention, "PRODUCTS_LOGITS", 4 * total)
+    monkeypatch.setattr(attention, "PRODUCTS_FEW_ROWS", 100)
+    monkeypatch.setattr(attention, "PRODUCTS_LONG", 10 if way.endswith("long") else 1 << 20)
     torch.manual_seed(2)
     heads, kv_heads, dim, batch, prefix = 6, 2, 8, 3, 4
     layout = ContextLayout(prefix, (total - 100, 100))

@@ -1,54 +1,78 @@
-"""Matrix products by oneDNN: the same results, inside our own generations alone."""
+"""Faster matrix products: the same results, inside our own generations alone."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ape_integrations.core import onednn
+from ape_integrations.core import products
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
-from ape_integrations.core.onednn import onednn_products, prepare_linears
 from ape_integrations.core.prepared import PreparedPrompt
+from ape_integrations.core.products import fast_products, in_pieces, prepare_linears
 from ape_integrations.store import MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
 
-pytestmark = pytest.mark.skipif(not onednn.available(), reason="torch was built without oneDNN")
-
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Let oneDNN pay, whatever the processor, and record what it multiplies."""
+def used(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Let all products pay, whatever the processor, and record what is multiplied."""
     seen: list[torch.Size] = []
-    original = onednn.linear
+    original = products.linear
 
     def recorded(rows: Any, weight: Any, bias: Any = None) -> Any:
         seen.append(rows.shape)
         return original(rows, weight, bias)
 
-    monkeypatch.setattr(onednn, "pays", lambda: True)
-    monkeypatch.setattr(onednn, "linear", recorded)
+    monkeypatch.setattr(products, "onednn_pays", products.onednn_available)
+    monkeypatch.setattr(products, "pieces_pay", lambda: True)
+    monkeypatch.setattr(products, "linear", recorded)
     return seen
 
 
-def test_products_equal_torchs_own(products: list[torch.Size]) -> None:
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("outputs", [1, 2, 12, 13, 96])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_pieces_make_the_whole(threads: None, outputs: int, batch: int, count: int) -> None:
+    torch.manual_seed(0)
+    rows, weights = torch.randn(batch, count, 16), torch.randn(batch, outputs + 3, 16)
+    for some in (weights[:, :outputs].contiguous(), weights[:, :outputs]):
+        product = in_pieces(rows, some)
+        assert product.shape == (batch, count, outputs)
+        torch.testing.assert_close(product, rows @ some.mT, atol=1e-5, rtol=1e-5)
+    scattered = torch.randn(batch, 16, outputs).mT
+    torch.testing.assert_close(in_pieces(rows, scattered), rows @ scattered.mT)
+
+
+def test_products_equal_torchs_own(used: list[torch.Size]) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 32, bias=False))
     fast = copy.deepcopy(plain)
     prepare_linears(fast)
     for shape in ((1, 1, 48), (3, 7, 48), (5, 48)):
         x = torch.randn(shape)
-        with torch.no_grad(), onednn_products():
+        with torch.no_grad(), fast_products():
             torch.testing.assert_close(fast(x), plain(x), atol=1e-5, rtol=1e-5)
-    assert len(products) == 6
+    assert len(used) == 6
 
 
-def test_everybody_else_gets_torchs_own_bits(products: list[torch.Size]) -> None:
+def test_everybody_else_gets_torchs_own_bits(used: list[torch.Size]) -> None:
     layer = nn.Linear(48, 96)
     x = torch.randn(4, 48)
     before = layer(x)
@@ -56,26 +80,26 @@ def test_everybody_else_gets_torchs_own_bits(products: list[torch.Size]) -> None
     assert torch.equal(layer(x), before)
     with torch.no_grad():
         assert torch.equal(layer(x), before)
-    with onednn_products():
+    with fast_products():
         assert torch.equal(layer(x), before), "gradients are wanted"
         layer(x).sum().backward()
     assert layer.weight.grad is not None
-    with torch.no_grad(), onednn_products():
+    with torch.no_grad(), fast_products():
         assert layer.double()(x.double()).dtype == torch.float64
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert not products
+    assert not used
 
 
-def test_another_thread_is_not_inside(products: list[torch.Size]) -> None:
+def test_another_thread_is_not_inside(used: list[torch.Size]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    with onednn_products(), ThreadPoolExecutor(1) as pool:
-        assert onednn.active()
-        assert not pool.submit(onednn.active).result()
-    assert not onednn.active()
+    with fast_products(), ThreadPoolExecutor(1) as pool:
+        assert products.active()
+        assert not pool.submit(products.active).result()
+    assert not products.active()
 
 
-def test_prepared_model_stays_an_ordinary_model(products: list[torch.Size]) -> None:
+def test_prepared_model_stays_an_ordinary_model(used: list[torch.Size]) -> None:
     model = tiny_model()
     names, shown = list(model.state_dict()), repr(model)
     prepare_linears(model)
@@ -88,13 +112,14 @@ def test_prepared_model_stays_an_ordinary_model(products: list[torch.Size]) -> N
 
 
 def test_nothing_is_prepared_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: False)
+    monkeypatch.setattr(products, "onednn_pays", lambda: False)
+    monkeypatch.setattr(products, "pieces_pay", lambda: False)
     layer = nn.Linear(4, 4)
     prepare_linears(layer)
     assert type(layer) is nn.Linear
 
 
-def test_subclasses_and_other_dtypes_are_left_alone(products: list[torch.Size]) -> None:
+def test_subclasses_and_other_dtypes_are_left_alone(used: list[torch.Size]) -> None:
     class Special(nn.Linear):
         pass
 
@@ -103,7 +128,7 @@ def test_subclasses_and_other_dtypes_are_left_alone(products: list[torch.Size]) 
     assert [type(layer) for layer in layers] == [Special, nn.Linear]
 
 
-def test_generation_uses_them_and_gives_the_same_tokens(products: list[torch.Size]) -> None:
+def test_generation_uses_them_and_gives_the_same_tokens(used: list[torch.Size]) -> None:
     prompt = PreparedPrompt([5, 6], [list(range(10, 40)), list(range(50, 75))], [7, 8, 9])
 
     def tokens(model: nn.Module) -> list[int]:
@@ -112,12 +137,13 @@ def test_generation_uses_them_and_gives_the_same_tokens(products: list[torch.Siz
 
     model = tiny_model()
     fast = tokens(model)
-    assert products
+    assert used
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = nn.Linear
-    products.clear()
+    used.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "pays", lambda: False)
+        patch.setattr(products, "onednn_pays", lambda: False)
+        patch.setattr(products, "pieces_pay", lambda: False)
         assert tokens(model) == fast
-    assert not products
+    assert not used
