@@ -56,10 +56,15 @@ class ModelFingerprint:
         return self._digest
 
     def _current_signature(self) -> tuple[object, ...]:
-        weights = tuple(
-            (id(p), -1 if p.is_inference() else p._version) for p in self._model.parameters()
-        )
-        return (hash(weights), json.dumps(_adapters(self._model), sort_keys=True))
+        # Asked for several times a question: one walk over the modules, by their own dictionaries.
+        weights, adapted = [], False
+        for module in self._model.modules():
+            adapted = adapted or _is_adapted(module)
+            for weight in module._parameters.values():
+                if weight is not None:
+                    weights.append((id(weight), -1 if weight.is_inference() else weight._version))
+        adapters = json.dumps(_adapters(self._model), sort_keys=True) if adapted else ""
+        return (hash(tuple(weights)), adapters)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -121,11 +126,17 @@ def _config_json(config: Any) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
+def _is_adapted(module: Any) -> bool:
+    """Tell whether a module is a layer of PEFT with adapters; its class says so, by properties."""
+    kind = type(module)
+    return hasattr(kind, "active_adapters") and hasattr(kind, "merged_adapters")
+
+
 def _adapters(model: Any) -> list[object]:
     """Describe which adapters are active and merged, in the order of the modules."""
     state: list[object] = []
     for name, module in model.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
+        if _is_adapted(module):
             scaling = getattr(module, "scaling", {})
             state.append(
                 [
