@@ -26,10 +26,8 @@ from ape_integrations.core.chat import render_chat
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.errors import ConfigError
-from ape_integrations.langchain import (
-    batches,
-    capture,  # noqa: F401  (registers the handler)
-)
+from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
+from ape_integrations.langchain.batches import BatchedCalls
 from ape_integrations.langchain.messages import documents_in, to_template_messages
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 from ape_integrations.langchain.structured import (
@@ -82,7 +80,7 @@ class _Call:
         return ToolCalls(self.opening + result.text)
 
 
-class ChatAPE(APESettings, BaseChatModel):
+class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
     """Chat model whose retrieved documents are never prefilled twice.
 
     Documents that any LangChain retriever returns are recognised in the prompt, wherever a chain or
@@ -270,36 +268,6 @@ class ChatAPE(APESettings, BaseChatModel):
                 for chunk in chunks.of(piece):
                     yield chunk
         yield chunks.last(stream.result)
-
-    # Batches ------------------------------------------------------------------------------------
-
-    def batch(  # type: ignore[override]
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: batches.Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer several inputs; those that share their documents are answered together.
-
-        Arguments as for every runnable of LangChain.
-        """
-        return batches.batch(self, inputs, config, return_exceptions, kwargs)
-
-    async def abatch(  # type: ignore[override]
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: batches.Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer several inputs; those that share their documents are answered together.
-
-        Arguments as for every runnable of LangChain.
-        """
-        return await batches.abatch(self, inputs, config, return_exceptions, kwargs)
 
     # Tokens -------------------------------------------------------------------------------------
 

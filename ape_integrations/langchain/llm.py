@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
+from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from transformers import StoppingCriteria
 
@@ -16,14 +16,12 @@ from ape_integrations.core.asynchronous import iterate, run_generation, stopped_
 from ape_integrations.core.batching import run_together
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
-from ape_integrations.langchain import (
-    batches,
-    capture,  # noqa: F401  (registers the handler)
-)
+from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
+from ape_integrations.langchain.batches import BatchedCalls
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 
 
-class APELanguageModel(APESettings, BaseLLM):
+class APELanguageModel(BatchedCalls, APESettings, BaseLLM):
     """Completion model whose retrieved documents are never prefilled twice.
 
     Continues a prompt as it is, without a chat template; for chat models see `ChatAPE`, whose
@@ -131,36 +129,6 @@ class APELanguageModel(APESettings, BaseLLM):
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
         yield GenerationChunk(text="", generation_info=_info(stream.result, name))
-
-    # Batches ------------------------------------------------------------------------------------
-
-    def batch(  # type: ignore[override]
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: batches.Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Answer several inputs; those that share their documents are answered together.
-
-        Arguments as for every runnable of LangChain.
-        """
-        return batches.batch(self, inputs, config, return_exceptions, kwargs)
-
-    async def abatch(  # type: ignore[override]
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: batches.Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Answer several inputs; those that share their documents are answered together.
-
-        Arguments as for every runnable of LangChain.
-        """
-        return await batches.abatch(self, inputs, config, return_exceptions, kwargs)
 
     # Tokens -------------------------------------------------------------------------------------
 

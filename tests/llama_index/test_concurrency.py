@@ -206,10 +206,12 @@ async def test_closed_async_stream_stops_the_model(llm: APELLM) -> None:
     await stream.aclose()
     del stream
     gc.collect()
-    while any(thread.is_alive() for thread in running):
+    deadline = time.monotonic() + 60
+    while alive := [thread.name for thread in running if thread.is_alive()]:
         await asyncio.sleep(0.01)  # the loop finalises the inner generator
         gate.allowed.release()
         assert gate.tokens < LONG / 2
+        assert time.monotonic() < deadline, f"still running: {alive}"
 
 
 async def test_many_coroutines_get_their_own_answers(llm: APELLM) -> None:
