@@ -81,7 +81,10 @@ def evaluate(
     seed: Seed = 7,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="match, exact_match, f1 or rouge_l for table and plot; repeatable."),
+        typer.Option(
+            help="match, exact_match, f1, contains, rouge_l or likelihood for table and plot; "
+            "repeatable."
+        ),
     ] = None,
     template: Template = None,
     system: System = None,
@@ -111,10 +114,11 @@ def evaluate(
     Seconds to the first token are taken with the contexts' states in memory.
     """
     from ape_integrations.evaluation.command import DEFAULT_MODES, report
-    from ape_integrations.evaluation.metrics import check_metrics
+    from ape_integrations.evaluation.metrics import LIKELIHOOD, check_metrics
     from ape_integrations.evaluation.report import (
         check_plotting,
         disagreements,
+        measured,
         print_report,
         save_plot,
     )
@@ -143,7 +147,8 @@ def evaluate(
     check_metrics(metrics)
     if plot is not None:
         check_plotting()
-    result = report(setup, labels, answers)
+    asked = {*metrics, *(measured(known) if known else ())}
+    result = report(setup, labels, answers, likelihood=LIKELIHOOD in asked)
     if as_json:
         print_json(result)
     else:
@@ -166,7 +171,10 @@ def tune(
     seed: Seed = 8,
     metric: Annotated[
         str | None,
-        typer.Option(help="match, exact_match, f1 or rouge_l. Default: match of --demo, else f1."),
+        typer.Option(
+            help="match, exact_match, f1, contains, rouge_l or likelihood. Default: match of "
+            "--demo, else f1."
+        ),
     ] = None,
     temperatures: Annotated[
         str | None, typer.Option("--temperature", help="Values of T to try, such as 0.8,0.9,1.")

@@ -12,7 +12,7 @@ from ape_integrations.core.fingerprint import model_fingerprint
 from ape_integrations.core.tuned import TunedSettings, known_as, save_tuned
 from ape_integrations.errors import ConfigError
 from ape_integrations.evaluation.answers import AnswerLog
-from ape_integrations.evaluation.metrics import score_answer
+from ape_integrations.evaluation.metrics import LIKELIHOOD, score_answer
 from ape_integrations.evaluation.modes import Mode, Runner, parse_mode
 from ape_integrations.evaluation.prompts import Case
 from ape_integrations.evaluation.runner import run, summarise, versions
@@ -23,7 +23,13 @@ from ape_integrations.evaluation.tuning import tune as choose
 DEFAULT_MODES = ("sequential", "parallel", "prefix", "ape")
 
 
-def report(setup: Setup, labels: Sequence[str], answers: Path | None = None) -> dict[str, Any]:
+def report(
+    setup: Setup,
+    labels: Sequence[str],
+    answers: Path | None = None,
+    *,
+    likelihood: bool = False,
+) -> dict[str, Any]:
     """Evaluate a model in several modes.
 
     Parameters
@@ -34,6 +40,8 @@ def report(setup: Setup, labels: Sequence[str], answers: Path | None = None) -> 
         Modes as on the command line; see :func:`~ape_integrations.evaluation.modes.parse_mode`.
     answers : Path, optional
         File of answers to go on from.
+    likelihood : bool
+        Whether to ask for the likelihood of the accepted answers too.
 
     Returns
     -------
@@ -51,7 +59,7 @@ def report(setup: Setup, labels: Sequence[str], answers: Path | None = None) -> 
     log = AnswerLog(answers, session.settings())
     try:
         rows = session.rows()
-        run(session.runner, rows, modes, log)
+        run(session.runner, rows, modes, log, likelihood=likelihood)
     finally:
         log.close()
     return {
@@ -145,14 +153,18 @@ def model_scores(
         mode = Mode(f"T={temperature:g},S={scale:g}", "ape", changes)
         found = []
         for case in cases:
-            text = runner.answer(mode, case).text
-            if text is None:
-                raise ConfigError(
-                    "A prompt does not fit the model's positions: tune on shorter ones."
-                )
-            found.append(score_answer(text, case.answers, pattern)[metric])
+            found.append(_score(runner, mode, case, metric, pattern))
             progress.update()
         progress.total = max(total, progress.n)  # folds may choose another T each
         return found
 
     return scores
+
+
+def _score(runner: Runner, mode: Mode, case: Case, metric: str, pattern: str | None) -> float:
+    if metric == LIKELIHOOD:
+        return runner.likelihood(mode, case)
+    text = runner.answer(mode, case).text
+    if text is None:
+        raise ConfigError("A prompt does not fit the model's positions: tune on shorter ones.")
+    return score_answer(text, case.answers, pattern)[metric]

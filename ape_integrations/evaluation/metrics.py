@@ -1,24 +1,31 @@
-"""Scores of an answer: whole match, SQuAD exact match and F1, ROUGE-L."""
+"""Scores of an answer: whole match, SQuAD exact match and F1, containment, ROUGE-L."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import string
 from collections.abc import Mapping, Sequence
 
 from ape_integrations.errors import ConfigError, MissingDependencyError
 
-#: What each metric is. All lie in [0, 1]; of several accepted answers the best one counts.
+#: The metric that asks what the model expects, not what it says.
+LIKELIHOOD = "likelihood"
+
+#: What each metric is. All lie in [0, 1]; of several accepted answers the best one counts, but for
+#: the likelihood, which is that of the first.
 METRICS: Mapping[str, str] = {
     "match": "the whole answer, character by character",
     "exact_match": "SQuAD exact match: without case, punctuation and articles",
     "f1": "SQuAD F1 over the words of the answer",
+    "contains": "an accepted answer stands in the text, without case, punctuation and articles",
     "rouge_l": "ROUGE-L F-measure",
+    LIKELIHOOD: "probability of the accepted answer, geometric mean over its tokens",
 }
 
 
 def score_answer(text: str, answers: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """Score one answer by every metric.
+    """Score one answer by every metric that needs nothing but its text.
 
     Exact match, F1 and ROUGE-L are those of torchmetrics.
 
@@ -35,7 +42,7 @@ def score_answer(text: str, answers: Sequence[str], pattern: str | None = None) 
     Returns
     -------
     dict of str to float
-        One value in [0, 1] for each of :data:`METRICS`.
+        One value in [0, 1] for each of :data:`METRICS` but the likelihood.
 
     Raises
     ------
@@ -57,6 +64,7 @@ def score_answer(text: str, answers: Sequence[str], pattern: str | None = None) 
         "match": float(text in answers),
         "exact_match": float(squad_scores["exact_match"]) / 100,
         "f1": float(squad_scores["f1"]) / 100,
+        "contains": float(_contains(text, answers)),
         "rouge_l": float(rouge["rougeL_fmeasure"]),
     }
 
@@ -100,6 +108,17 @@ def check_pattern(pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+
+def _contains(text: str, answers: Sequence[str]) -> bool:
+    words = f" {_normalised(text)} "
+    return any(f" {wanted} " in words for wanted in map(_normalised, answers) if wanted)
+
+
+def _normalised(text: str) -> str:
+    """Normalise as SQuAD's metrics do."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
 def _part(text: str, pattern: str) -> str:

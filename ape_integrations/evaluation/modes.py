@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
+
+import torch
+from transformers import LogitsProcessor
 
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generation import GenerationResult
@@ -157,6 +161,8 @@ class Answer:
         Prompt tokens.
     encode : float or None
         Seconds it took to encode the contexts, where they had to be.
+    likelihood : float or None
+        See :meth:`Runner.likelihood`; None where nobody asked for it.
     """
 
     text: str | None
@@ -164,6 +170,22 @@ class Answer:
     total: float = 0.0
     tokens: int = 0
     encode: float | None = None
+    likelihood: float | None = None
+
+
+class _GivenAnswer(LogitsProcessor):
+    """Lets a model say given tokens, and notes how probable each was."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+        self.log_probabilities: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        token = self._ids[len(self.log_probabilities)]
+        self.log_probabilities.append(float(scores[0].float().log_softmax(dim=-1)[token]))
+        given = torch.full_like(scores, -torch.inf)
+        given[0, token] = 0.0
+        return given
 
 
 class Runner:
@@ -202,14 +224,40 @@ class Runner:
         States of the contexts are encoded before the clock starts, as they would have been at
         ingestion.
         """
+        return self._timed(*self._asked(mode, case))
+
+    def likelihood(self, mode: Mode, case: Case) -> float:
+        """Return how probable the first accepted answer is to the model, behind the prompt.
+
+        Returns
+        -------
+        float
+            Geometric mean of the probabilities of the answer's tokens, each behind the ones before
+            it.
+
+        Raises
+        ------
+        ContextWindowError
+            The prompt does not fit the model.
+        """
+        generator, prompt = self._asked(mode, case)
+        gap = "" if case.query[-1:].isspace() else " "
+        ids = self.tokenizer(gap + case.answers[0], add_special_tokens=False)["input_ids"]
+        answer = _GivenAnswer(ids)
+        own = {"max_new_tokens": len(ids), "logits_processor": [answer], "repetition_penalty": 1.0}
+        generator.generate_ids(prompt, **{**self._arguments, **own, "stop": []})
+        generator.clear_assembled(keep_memory=True)
+        return math.exp(sum(answer.log_probabilities) / len(ids))
+
+    def _asked(self, mode: Mode, case: Case) -> tuple[APEGenerator, PreparedPrompt]:
+        """Return what answers a case in a mode, and the prompt that it gets."""
         if mode.name == "sequential":
             separator = self._plain.config.context_separator
             text = case.sequential(separator, self.tokenizer.all_special_tokens)
-            return self._timed(self._plain, self._plain.prepare("", [], text))
+            return self._plain, self._plain.prepare("", [], text)
         if mode.label not in self._configs:
             self._configs[mode.label] = mode.config(self.model)
-        generator = self._generator(self._configs[mode.label])
-        return self._timed(generator, self._prepare(mode, case))
+        return self._generator(self._configs[mode.label]), self._prepare(mode, case)
 
     def _generator(self, config: APEConfig) -> APEGenerator:
         if config not in self._generators:

@@ -176,6 +176,17 @@ def disagreements(old: Report, new: Report) -> list[str]:
     return found
 
 
+def measured(report: Report) -> set[str]:
+    """Return the metrics that a report holds."""
+    return {
+        metric
+        for row in report["rows"]
+        for figures in row["modes"].values()
+        for metric in METRICS
+        if metric in figures
+    }
+
+
 def _pairs(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

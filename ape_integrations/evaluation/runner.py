@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ape_integrations.core.fingerprint import model_fingerprint
 from ape_integrations.evaluation.answers import AnswerLog
-from ape_integrations.evaluation.metrics import METRICS, score_answer
+from ape_integrations.evaluation.metrics import LIKELIHOOD, METRICS, score_answer
 from ape_integrations.evaluation.modes import Answer, Mode, Runner
 from ape_integrations.evaluation.prompts import Case
 from ape_integrations.evaluation.statistics import (
@@ -26,7 +27,14 @@ BASE = "sequential"
 Rows = Sequence[Sequence[Case]]
 
 
-def run(runner: Runner, rows: Rows, modes: Sequence[Mode], log: AnswerLog) -> None:
+def run(
+    runner: Runner,
+    rows: Rows,
+    modes: Sequence[Mode],
+    log: AnswerLog,
+    *,
+    likelihood: bool = False,
+) -> None:
     """Answer what is not answered yet, case by case and each case in all modes.
 
     Parameters
@@ -41,6 +49,9 @@ def run(runner: Runner, rows: Rows, modes: Sequence[Mode], log: AnswerLog) -> No
         processor's caches.
     log : AnswerLog
         Where answers are looked up and kept.
+    likelihood : bool
+        Whether to ask for the likelihood of the accepted answers too. Answers on file that have
+        none are given again.
     """
     for mode in modes:
         log.use(mode, mode.as_json(runner.model))
@@ -50,7 +61,7 @@ def run(runner: Runner, rows: Rows, modes: Sequence[Mode], log: AnswerLog) -> No
         for number, case in enumerate(cases)
         for mode in _rotated(modes, number)
     ]
-    open_steps = [step for step in steps if log.get(*step) is None]
+    open_steps = [step for step in steps if not _answered(log.get(*step), likelihood)]
     if not open_steps:
         return
     for mode in modes:  # the first answer of a process pays for what others find loaded
@@ -63,8 +74,17 @@ def run(runner: Runner, rows: Rows, modes: Sequence[Mode], log: AnswerLog) -> No
         disable=None,
     ) as progress:
         for case, mode in open_steps:
-            log.add(case, mode, runner.answer(mode, case))
+            answer = runner.answer(mode, case)
+            if likelihood and answer.text is not None:
+                answer = replace(answer, likelihood=runner.likelihood(mode, case))
+            log.add(case, mode, answer)
             progress.update()
+
+
+def _answered(answer: Answer | None, likelihood: bool) -> bool:
+    if answer is None or answer.text is None:
+        return answer is not None
+    return answer.likelihood is not None or not likelihood
 
 
 def _rotated(modes: Sequence[Mode], number: int) -> list[Mode]:
@@ -116,8 +136,7 @@ def summarise(
         }
         scores = {
             label: [
-                None if answer.text is None else score_answer(answer.text, case.answers, pattern)
-                for case, answer in zip(cases, given, strict=True)
+                _scores(case, answer, pattern) for case, answer in zip(cases, given, strict=True)
             ]
             for label, given in answers.items()
         }
@@ -135,6 +154,15 @@ def summarise(
             }
         )  # fmt: skip
     return summary
+
+
+def _scores(case: Case, answer: Answer, pattern: str | None) -> dict[str, float] | None:
+    if answer.text is None:
+        return None
+    scores = score_answer(answer.text, case.answers, pattern)
+    if answer.likelihood is not None:
+        scores[LIKELIHOOD] = answer.likelihood
+    return scores
 
 
 def _median(values: Sequence[float]) -> float:
@@ -161,10 +189,16 @@ def _mode_summary(
     row["first_token"] = _median([a.first_token for a in given])
     row["total"] = _median([a.total for a in given])
     known = [score for score in scores[label] if score is not None]
-    row.update({m: mean_estimate([s[m] for s in known]).as_json() for m in METRICS})
+    for metric in _common(known):
+        row[metric] = mean_estimate([score[metric] for score in known]).as_json()
     if BASE in answers and label != BASE:
         row["against_sequential"] = _against(label, answers, scores)
     return row
+
+
+def _common(scores: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the metrics that all scores have."""
+    return [metric for metric in METRICS if all(metric in score for score in scores)]
 
 
 def _against(
@@ -183,7 +217,7 @@ def _against(
         "cases": len(both),
         "first_token": round(_median([p[2] for p in both]) / _median([p[3] for p in both]), 4),
     }
-    for metric in METRICS:
+    for metric in _common([score for pair in both for score in pair[:2]]):
         base = [p[1][metric] for p in both]
         difference = paired_difference([p[0][metric] for p in both], base)
         kept = share_kept(difference, sum(base) / len(base))

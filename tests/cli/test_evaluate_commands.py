@@ -13,7 +13,7 @@ from ape_integrations.cli import app
 from ape_integrations.core import tuned
 from ape_integrations.core.config import APEConfig
 from ape_integrations.errors import ConfigError
-from ape_integrations.evaluation.metrics import METRICS
+from ape_integrations.evaluation.metrics import LIKELIHOOD, METRICS
 from tests.models import byte_tokenizer, tiny_model
 
 DATA = Path(__file__).parent.parent / "data"
@@ -51,8 +51,19 @@ def test_demo_scores_every_mode_on_the_same_cases() -> None:
         assert list(row["modes"]) == ["sequential", "parallel", "prefix", "ape"]
         for label, figures in row["modes"].items():
             assert figures["answered"] == row["cases"] == 2
-            assert set(METRICS) < set(figures)
+            assert METRICS.keys() & figures == METRICS.keys() - {LIKELIHOOD}
             assert ("against_sequential" in figures) == (label != "sequential")
+
+
+def test_likelihood_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
+    arguments = ("--demo", "--samples", "2", "--kind", "single", "--contexts", "8", "--mode", "ape")
+    report = _report(*arguments, "--metric", LIKELIHOOD)
+    likelihood = report["rows"][0]["modes"]["ape"][LIKELIHOOD]["mean"]
+    assert 0 < likelihood <= 1
+    saved = tmp_path / "report.json"
+    saved.write_text(json.dumps(report))
+    checked = _report("--check", str(saved))
+    assert checked["rows"][0]["modes"]["ape"][LIKELIHOOD]["mean"] == pytest.approx(likelihood)
 
 
 def test_any_model_answers_questions_and_few_shot_records(random_llama: str) -> None:
@@ -143,6 +154,20 @@ def test_tuned_settings_are_saved_and_used(tmp_path: Path, monkeypatch: pytest.M
     assert config.attention_temperature == result["attention_temperature"]
     report = _report("--demo", "--samples", "1", "--kind", "follow-up", "--mode", "tuned")
     assert report["modes"]["tuned"]["config"]["scaling_factor"] == result["scaling_factor"]
+
+
+def test_tune_can_go_by_the_likelihood(tmp_path: Path) -> None:
+    arguments = ("--demo", "--samples", "5", "--kind", "single", "--temperature", "0.5,1")
+    out = tmp_path / "tuned.json"
+    result = json.loads(
+        _run(
+            *("tune", "--json", *arguments, "--scale", "1", "--metric", LIKELIHOOD),
+            *("--folds", "2", "--out", str(out)),
+        ).stdout
+    )
+    assert result["metric"] == LIKELIHOOD
+    assert len({row["mean"] for row in result["grid"]}) == 3
+    assert all(0 < row["mean"] <= 1 for row in result["grid"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from ape_integrations.errors import ConfigError, MissingDependencyError
 from ape_integrations.evaluation.metrics import (
+    LIKELIHOOD,
     METRICS,
     check_metrics,
     check_pattern,
@@ -16,7 +17,8 @@ from ape_integrations.evaluation.metrics import (
 
 
 def test_perfect_answer_has_every_score() -> None:
-    assert score_answer("Ada lives in Porto.", ["Ada lives in Porto."]) == dict.fromkeys(METRICS, 1)
+    scores = score_answer("Ada lives in Porto.", ["Ada lives in Porto."])
+    assert scores == dict.fromkeys(METRICS.keys() - {LIKELIHOOD}, 1)
 
 
 def test_exact_match_ignores_case_articles_and_punctuation() -> None:
@@ -35,6 +37,19 @@ def test_f1_counts_common_words() -> None:
 def test_rouge_l_counts_the_longest_common_subsequence() -> None:
     scores = score_answer("police killed the gunman", ["police kill the gunman"])
     assert scores["rouge_l"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "value"),
+    [
+        ("It is the Eiffel Tower, in Paris.", ["eiffel tower"], 1),
+        ("It was bought in 1967.", ["late 1967", "1967"], 1),
+        ("She writes articles.", ["art"], 0),
+        ("A city.", ["The", ""], 0),
+    ],
+)
+def test_contains_looks_for_whole_words(text: str, answers: list[str], value: int) -> None:
+    assert score_answer(text, answers)["contains"] == value
 
 
 def test_best_of_several_answers_counts() -> None:

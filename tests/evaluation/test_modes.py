@@ -118,6 +118,55 @@ def test_prompt_that_does_not_fit_has_no_answer(runner: Runner) -> None:
     assert runner.answer(parse_mode("prefix"), case).text is not None
 
 
+def by_hand(model: Any, ids: list[int], answer: list[int], **cache: Any) -> float:
+    """Read prompt and answer in one piece, and take the geometric mean of what was expected."""
+    start = cache["past_key_values"].get_seq_length() if cache else 0
+    tokens = torch.tensor([ids + answer])
+    positions = torch.arange(start, start + tokens.shape[1])[None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, position_ids=positions, **cache).logits[0].double()
+    log_probabilities = logits[len(ids) - 1 : -1].log_softmax(dim=-1)
+    found = log_probabilities[torch.arange(len(answer)), torch.tensor(answer)]
+    return float(found.mean().exp())
+
+
+def test_likelihood_is_what_the_model_expects(runner: Runner, generator: APEGenerator) -> None:
+    answer = generator.tokens.prompt(" Ada")
+    text = CASE.sequential("\n\n", generator.tokenizer.all_special_tokens)
+    value = runner.likelihood(parse_mode("sequential"), CASE)
+    assert value == pytest.approx(
+        by_hand(tiny_model(), generator.tokens.prompt(text), answer), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["ape", "ape:T=0.5,S=0.7"])
+def test_likelihood_behind_cached_contexts(name: str, runner: Runner) -> None:
+    mode = parse_mode(name)
+    value = runner.likelihood(mode, CASE)
+    generator, prompt = runner._asked(mode, CASE)
+    with torch.no_grad(), generator.assemble(prompt) as cache:
+        answer = generator.tokens.prompt(" Ada")
+        expected = by_hand(
+            generator.model, prompt.query, answer, past_key_values=cache, use_cache=True
+        )
+    assert value == pytest.approx(expected, rel=1e-4)
+    assert value != pytest.approx(runner.likelihood(parse_mode("sequential"), CASE), rel=1e-4)
+
+
+def test_likelihood_of_recomputed_contexts(runner: Runner) -> None:
+    """Recomputing everything is sequential encoding."""
+    expected = runner.likelihood(parse_mode("sequential"), CASE)
+    value = runner.likelihood(parse_mode("recompute=1:T=1,S=1"), CASE)
+    assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_likelihood_leaves_answers_as_they_are(runner: Runner) -> None:
+    mode = parse_mode("ape")
+    before = runner.answer(mode, CASE).text
+    runner.likelihood(mode, CASE)
+    assert runner.answer(mode, CASE).text == before
+
+
 def test_description_names_what_differs_from_the_defaults() -> None:
     described = Mode("x", "recompute", {"recompute_ratio": 0.3}).as_json(None)
     assert described["config"] == {

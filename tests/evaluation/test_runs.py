@@ -45,11 +45,14 @@ class FakeRunner:
         text = case.answers[0] if right else "wrong"
         return Answer(text, seconds, seconds + 1, 10, encode=0.2 if mode.name == "ape" else None)
 
+    def likelihood(self, mode: Mode, case: Case) -> float:
+        return 0.5 if mode.name == "sequential" else 0.25
 
-def complete(path: Path | None, runner: Any) -> list[dict[str, Any]]:
+
+def complete(path: Path | None, runner: Any, likelihood: bool = False) -> list[dict[str, Any]]:
     log = AnswerLog(path, SETTINGS)
     try:
-        run(runner, ROWS, MODES, log)
+        run(runner, ROWS, MODES, log, likelihood=likelihood)
         return summarise(ROWS, MODES, log)
     finally:
         log.close()
@@ -69,6 +72,22 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert complete(path, third) == resumed
     assert third.asked == []
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_likelihood_is_added_to_a_file_without(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    without = complete(path, FakeRunner())
+    assert all("likelihood" not in row["modes"]["ape"] for row in without)
+    runner = FakeRunner()
+    first, _ = complete(path, runner, likelihood=True)
+    assert len(runner.asked) == 15 + 2  # but for the one that does not fit
+    assert first["modes"]["sequential"]["likelihood"]["mean"] == 0.5
+    against = first["modes"]["ape"]["against_sequential"]
+    assert against["likelihood"]["difference"]["mean"] == -0.25
+    assert against["match"] == without[0]["modes"]["ape"]["against_sequential"]["match"]
+    again = FakeRunner()
+    assert complete(path, again, likelihood=True)[0] == first
+    assert again.asked == []
 
 
 def test_modes_may_be_added_to_a_file(tmp_path: Path) -> None:
