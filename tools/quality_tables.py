@@ -65,7 +65,7 @@ def table(report: Mapping[str, Any], cell: Callable[[Mapping[str, Any]], str]) -
     ]
     for row in report["rows"]:
         cells = [cell(row["modes"][label]) for label in labels]
-        lines.append(f"| {row['task']} | {row['documents']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['task']} | {row['documents']:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

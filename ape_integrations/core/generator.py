@@ -41,7 +41,7 @@ from ape_integrations.core.generation import (
     TextAssembler,
     TokenSink,
 )
-from ape_integrations.core.loading import clear_loading_errors
+from ape_integrations.core.loading import clear_loading_errors, place_of
 from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.products import fast_products, prepare_linears
@@ -156,7 +156,8 @@ class APEGenerator:
             A tokenizer to use instead of the one of that name.
         tokenizer_kwargs, **model_kwargs
             For ``AutoTokenizer.from_pretrained`` and ``AutoModelForCausalLM.from_pretrained``
-            (``dtype``, ``device_map``, ``revision``, ...).
+            (``dtype``, ``device_map``, ``revision``, ...). Where files come from (``revision``,
+            ``token``, ``trust_remote_code``, ``gguf_file``, ...) holds for both.
 
         Raises
         ------
@@ -169,7 +170,8 @@ class APEGenerator:
         with clear_loading_errors(name):
             model = _load_model(name, model_kwargs)
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(name, **(tokenizer_kwargs or {}))
+                kwargs = {**place_of(model_kwargs), **(tokenizer_kwargs or {})}
+                tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         return cls(model, tokenizer, store=store, config=config)
 
     def _make_arranger(self) -> SequenceArranger:

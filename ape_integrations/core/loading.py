@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from ape_integrations.models import DEMO_MODEL_NAME, demo_model_path
 logger = logging.getLogger(__name__)
 
 _told = threading.Event()
+
+#: Arguments of ``from_pretrained()`` that say where files come from, whatever is loaded from them.
+_PLACE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")
 
 
 def bundled_model() -> str:
@@ -27,6 +30,11 @@ def bundled_model() -> str:
             DEMO_MODEL_NAME,
         )
     return demo_model_path()
+
+
+def place_of(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments for loading a model that hold for its config and tokenizer too."""
+    return {name: model_kwargs[name] for name in _PLACE if name in model_kwargs}
 
 
 def usable_device_map(device_map: Any) -> Any:

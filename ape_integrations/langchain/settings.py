@@ -44,6 +44,7 @@ _FROM_PRETRAINED_ARGUMENTS = frozenset(
         "attn_implementation",
         "token",
         "local_files_only",
+        "gguf_file",
     }
 )
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")

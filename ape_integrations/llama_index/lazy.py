@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.loading import bundled_model, clear_loading_errors, usable_device_map
+from ape_integrations.core.loading import (
+    bundled_model,
+    clear_loading_errors,
+    place_of,
+    usable_device_map,
+)
 from ape_integrations.core.prompt import PromptParts
 from ape_integrations.errors import ConfigError
 
@@ -209,8 +214,10 @@ class LazyGenerator:
             if not name:
                 raise ConfigError("A model was given without a tokenizer: pass tokenizer=... too.")
         name = name or self._location()
+        own = source.tokenizer_name is None
+        kwargs = {**(place_of(source.model_kwargs) if own else {}), **source.tokenizer_kwargs}
         with clear_loading_errors(name):
-            return AutoTokenizer.from_pretrained(name, **source.tokenizer_kwargs)
+            return AutoTokenizer.from_pretrained(name, **kwargs)
 
     def max_positions(self) -> int | None:
         """Return the model's position limit in tokens, read from its config alone."""
@@ -226,10 +233,10 @@ class LazyGenerator:
         from transformers import AutoConfig
 
         name = self._location()
-        hub = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir", "code_revision")
-        kwargs = {k: v for k, v in self.source.model_kwargs.items() if k in hub}
+        given = self.source.model_kwargs
+        further = {k: given[k] for k in ("subfolder", "code_revision") if k in given}
         with clear_loading_errors(name):
-            return AutoConfig.from_pretrained(name, **kwargs)
+            return AutoConfig.from_pretrained(name, **place_of(given), **further)
 
     # Retrieved texts ------------------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ class APELLM(CustomLLM):
         Tokens to generate where a call does not say.
     generate_kwargs, model_kwargs, tokenizer_kwargs : dict, optional
         For ``model.generate()``, ``AutoModelForCausalLM.from_pretrained`` and
-        ``AutoTokenizer.from_pretrained``.
+        ``AutoTokenizer.from_pretrained``. Where files come from (``revision``, ``token``,
+        ``trust_remote_code``, ``gguf_file``, ...) holds for the tokenizer too.
     device_map : optional
         As transformers takes it. "auto" is left out on a machine without an accelerator.
     system_prompt : str, optional
