@@ -15,6 +15,7 @@ that the model used before.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ from ape_integrations.errors import UnsupportedModelError
 #: Pieces into which keys are split for a query of at most so many rows, from so many keys on.
 SPLITS, SPLIT_ROWS, SPLIT_FROM = 16, 32, 1024
 
-#: Keys from which on plain matrix products are used, and logits that they may hold at a time.
-PRODUCTS_FROM, PRODUCTS_LOGITS = 512, 1 << 22
+#: Keys from which on plain matrix products are used. So many logits at a time stay in the caches;
+#: but fewer rows than so many would be slow to multiply.
+PRODUCTS_FROM, PRODUCTS_LOGITS, PRODUCTS_ROWS = 512, 1 << 20, 80
 
 #: Rows up to which products only take the time to read the states, and keys from which on oneDNN is
 #: the faster one for such rows' weights and values. It compiles a kernel for each number of keys,
@@ -458,7 +460,8 @@ def _products_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> P
         return _few_rows_cpu(rows, keys, values, scale)
     output = rows.new_empty(batch, heads, length, values.shape[-1])
     lse = rows.new_empty(batch, heads, length)
-    step = max(1, PRODUCTS_LOGITS // keys.shape[2])
+    blocks = math.ceil(length / max(PRODUCTS_ROWS, PRODUCTS_LOGITS // keys.shape[2]))
+    step = math.ceil(length / blocks)
     scaled = rows * scale
     for item, head in itertools.product(range(batch), range(heads)):
         shared = item if keys.shape[0] > 1 else 0

@@ -199,6 +199,7 @@ def test_long_contexts_equal_one_softmax(
     monkeypatch.setattr(products, "onednn_pays", lambda: way != "flash")
     monkeypatch.setattr(products, "pieces_pay", lambda: way.startswith("few"))
     monkeypatch.setattr(attention, "PRODUCTS_LOGITS", 4 * total)
+    monkeypatch.setattr(attention, "PRODUCTS_ROWS", 4)
     monkeypatch.setattr(attention, "PRODUCTS_FEW_ROWS", 100)
     monkeypatch.setattr(attention, "PRODUCTS_LONG", 10 if way.endswith("long") else 1 << 20)
     torch.manual_seed(2)
