@@ -243,6 +243,8 @@ class Runner:
         generator, prompt = self._asked(mode, case)
         gap = "" if case.query[-1:].isspace() else " "
         ids = self.tokenizer(gap + case.answers[0], add_special_tokens=False)["input_ids"]
+        if not ids:  # an empty answer is no answer that could be missed
+            return 1.0
         answer = _GivenAnswer(ids)
         own = {"max_new_tokens": len(ids), "logits_processor": [answer], "repetition_penalty": 1.0}
         generator.generate_ids(prompt, **{**self._arguments, **own, "stop": []})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,11 @@ def test_likelihood_of_recomputed_contexts(runner: Runner) -> None:
     expected = runner.likelihood(parse_mode("sequential"), CASE)
     value = runner.likelihood(parse_mode("recompute=1:T=1,S=1"), CASE)
     assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_likelihood_of_an_empty_answer_is_certain(runner: Runner) -> None:
+    case = replace(CASE, query=CASE.query + "\n", answers=("",))
+    assert runner.likelihood(parse_mode("ape"), case) == 1.0
 
 
 def test_likelihood_leaves_answers_as_they_are(runner: Runner) -> None:
