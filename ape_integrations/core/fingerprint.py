@@ -16,8 +16,12 @@ from transformers import PreTrainedModel
 #: Part of every key; raise it when the meaning of stored states changes.
 FORMAT_VERSION = 2
 
-#: Elements that are read of every weight tensor. A fine-tuning step moves nearly all of them.
-_SAMPLES = 64
+#: Sums over every weight tensor, a prime number of them: elements of one column fall into all.
+_SUMS = 4099
+
+#: Ends the names of rotary frequencies: they follow from the config, and some change with what was
+#: read last.
+_ROTARY = "inv_freq"
 
 #: Config entries that do not change what a model computes.
 _NEUTRAL = (
@@ -36,10 +40,11 @@ _NEUTRAL = (
 class ModelFingerprint:
     """Fingerprint of a model's config, weights and adapters.
 
-    A few evenly spaced elements of every weight are hashed, so that a large checkpoint costs
-    milliseconds and equal weights give equal fingerprints in every process and on every machine.
-    It is computed again when weights were changed in place or adapters were loaded, switched or
-    merged.
+    Sums over the bits of every weight are hashed: exact, so that equal weights give equal
+    fingerprints in every process and on every machine, and about as fast as memory is read (0.1 s
+    for 500 MB). It is computed again when weights were changed in place or adapters were loaded,
+    switched, merged or swapped. What it cannot see are in-place changes behind torch's back, of
+    ``weight.data``, where they are no adapter's.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -57,14 +62,15 @@ class ModelFingerprint:
 
     def _current_signature(self) -> tuple[object, ...]:
         # Asked for several times a question: one walk over the modules, by their own dictionaries.
-        weights, adapted = [], False
+        weights, adapted = [], []
         for module in self._model.modules():
-            adapted = adapted or _is_adapted(module)
-            for weight in module._parameters.values():
-                if weight is not None:
-                    weights.append((id(weight), -1 if weight.is_inference() else weight._version))
-        adapters = json.dumps(_adapters(self._model), sort_keys=True) if adapted else ""
-        return (hash(tuple(weights)), adapters)
+            if _is_adapted(module):
+                adapted.append(module)
+            weights += [_state(t) for t in _own_tensors(module) if t is not None]
+        if not adapted:
+            return (hash(tuple(weights)), "", ())
+        adapters = json.dumps(_adapters(self._model), sort_keys=True)
+        return (hash(tuple(weights)), adapters, _adapter_samples(adapted))
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -75,8 +81,35 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     for name, tensor in _weights(model):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         for part in _plain_tensors(tensor):
-            digest.update(_sample(part))
+            digest.update(_checksum(part))
     return digest.hexdigest()
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[Tensor | None]:
+    """Yield a module's own parameters and the buffers that a checkpoint holds."""
+    yield from module._parameters.values()
+    for name, buffer in module._buffers.items():
+        if name not in module._non_persistent_buffers_set:
+            yield buffer
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what changes when a tensor is replaced or changed in place."""
+    if tensor.device.type == "meta":  # an offloaded weight: every forward pass makes a new one
+        return 0, 0, 0
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # quantised weights that consist of others
+        address = 0
+    return id(tensor), address, -1 if tensor.is_inference() else tensor._version
+
+
+def _adapter_samples(layers: Sequence[Any]) -> tuple[float, ...]:
+    """Return an element of each weight of adapters: PEFT swaps them in place, unseen by torch."""
+    parts = (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names)
+    weights = [w for part in parts if isinstance(part, torch.nn.Module) for w in part.parameters()]
+    picked = [w.detach().flatten()[w.numel() // 2].float() for w in weights if w.numel()]
+    return tuple(torch.stack(picked).tolist()) if picked else ()
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -85,8 +118,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
-            # Rotary frequencies follow from the config, and some change with what was read last.
-            if not name.endswith("inv_freq"):
+            if not name.endswith(_ROTARY):
                 tensor = tensor if tensor.device.type != "meta" else _offloaded(module, name)
                 weights[f"{prefix}.{name}"] = tensor
     yield from sorted(weights.items())
@@ -150,14 +182,15 @@ def _adapters(model: Any) -> list[object]:
     return state
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """Return evenly spaced elements as bytes."""
-    if tensor.numel() == 0:
-        return b""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    step = max(1, flat.numel() // _SAMPLES)
-    picked = flat[::step].cpu().contiguous()
-    return picked.view(torch.uint8).numpy().tobytes()
+def _checksum(tensor: Tensor) -> bytes:
+    """Return sums over a tensor's bits that also change where its elements change places."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if flat.data_ptr() % 8:
+        flat = flat.clone()
+    summed = flat.numel() // (8 * _SUMS) * (8 * _SUMS)
+    sums = flat[:summed].view(torch.int64).view(-1, _SUMS).sum(dim=0)
+    pieces = (sums.view(torch.uint8), flat[summed:])
+    return b"".join(piece.cpu().numpy().tobytes() for piece in pieces)
 
 
 def entry_key(

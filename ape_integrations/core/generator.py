@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -352,7 +352,8 @@ class APEGenerator:
     ) -> None:
         """Load or encode texts in the background.
 
-        Returns at once. A failure shows in the request that needs the states, not here.
+        Returns at once. A failure shows in the request that needs the states, not here; after
+        :meth:`close` nothing is fetched.
 
         Parameters
         ----------
@@ -368,7 +369,8 @@ class APEGenerator:
             prefixes = list(reversed(self._recent_prefixes))
         if contexts and (prefixes or prefix is not None):
             ids = list(prefixes[0]) if prefix is None else self._preparer.prefix_ids(prefix)
-            self._background.submit(self._prefetch, ids, contexts, encode)
+            with suppress(RuntimeError):
+                self._background.submit(self._prefetch, ids, contexts, encode)
 
     def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool) -> None:
         ids = self._preparer.context_ids(contexts)

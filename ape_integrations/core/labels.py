@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ape_integrations.core.markup import ChatMarkup
+from ape_integrations.core.stable_prefix import is_telling
 
 _MAX_LABEL = 200  # characters; longer text between two contexts is not a label
 _SEARCHED = 2 * _MAX_LABEL  # characters searched for a label that is shaped like others
@@ -25,6 +26,10 @@ _ADJACENT = re.compile(r"\n(?:[^\n]*[^\W_][^\n]*\n)*?[^\n]*[^\W_][^\n]*(?=\n[ \t
 _BREAK = re.compile(r"\n|\\n")  # line breaks, also those of JSON strings
 _ESCAPED = re.compile(r"\\[nrt]")
 _FIELD = re.compile(r"\s*([^\s:\uff1a<][^:\uff1a\n<]{0,39})[:\uff1a]")
+# "Query: ...", "The original query is as follows: ..."
+_QUESTION = re.compile(
+    r"^[^\n:\uff1a]{0,40}\b(?:query|question)\b[^\n:\uff1a]{0,24}[:\uff1a]", re.I | re.M
+)
 _OPEN_TAG = re.compile(r"\s*<([/\w:.-]+)")
 
 
@@ -52,9 +57,10 @@ class Labels:
         self._trailer_shapes: OrderedDict[str, None] = OrderedDict()
         self._decided: OrderedDict[tuple[int, int], int] = OrderedDict()
 
-    def divide(self, gaps: Sequence[str]) -> list[Gap]:
-        """Divide the texts between the contexts of one prompt."""
-        short = {text: self._divide_short(text) for text in gaps if not self._is_long(text)}
+    def divide(self, gaps: Sequence[str], queries: Sequence[str] = ()) -> list[Gap]:
+        """Divide the texts between the contexts of one prompt; a known query is no label."""
+        labels = (text for text in gaps if not self._is_long(text) and not _asks(text, queries))
+        short = {text: self._divide_short(text) for text in labels}
         self._remember(self._label_shapes, [gap.label for gap in short.values()])
         self._remember(self._trailer_shapes, [gap.trailer for gap in short.values()])
         return [short.get(text) or self._divide_long(text) for text in gaps]
@@ -141,6 +147,10 @@ class Labels:
                 memory.move_to_end(one)
             while len(memory) > _REMEMBERED:
                 memory.popitem(last=False)
+
+
+def _asks(gap: str, queries: Sequence[str]) -> bool:
+    return _QUESTION.search(gap) is not None or any(q in gap for q in queries if is_telling(q))
 
 
 def _shapes(texts: Iterable[str]) -> list[str]:

@@ -12,7 +12,10 @@ _TOKEN = (
     r"|\[/?[A-Z][A-Z_]{2,24}\]|<</?SYS>>"
 )
 # Headers of one message, with the role where the header names it.
-_CLOSE = r"(?:<\|(?:end_header_id|header_end|end_of_role|message)\|>)?[ \t]*\n{0,2}"
+_CLOSE = (
+    r"(?:<\|(?:end_header_id|header_end|end_of_role|message)\|>|<\|channel\|>\w+<\|message\|>)?"
+    r"[ \t]*\n{0,2}"
+)
 _HEADERS = (
     r"<\|(?:im_start|start_header_id|header_start|start_of_role|start|turn)\|>\s*([\w.-]+)"
     + _CLOSE,
@@ -20,18 +23,20 @@ _HEADERS = (
     r"<\|(system|developer|user|assistant|model|tool|observation|ipython)\|>\n?",
     r"<\|START_OF_TURN_TOKEN\|><\|(\w+?)_TOKEN\|>",
     r"<\uff5c(System|User|Assistant|tool\u2581outputs\u2581begin)\uff5c>",
-    r"\[(INST|TOOL_RESULTS|SYSTEM_PROMPT)\]",
+    r"\[(/?INST|TOOL_RESULTS|SYSTEM_PROMPT)\]",
 )
 _SYSTEM_ROLES = frozenset({"system", "developer", "system_prompt"})
+_ANSWER_ROLES = frozenset({"assistant", "model", "chatbot", "/inst"})
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a prompt: where its header begins and ends, and whether it is the system's."""
+    """One message of a prompt: where its header begins and ends, and whose message it is."""
 
     start: int
     end: int
     is_system: bool
+    is_answer: bool
 
 
 class ChatMarkup:
@@ -93,8 +98,9 @@ class ChatMarkup:
         found = []
         for match in self._header.finditer(text):
             role = next((group for group in match.groups() if group), None)
-            role = role or self._markers.get(match.group().strip(), "")
-            found.append(Turn(match.start(), match.end(), role.lower() in _SYSTEM_ROLES))
+            role = (role or self._markers.get(match.group().strip(), "")).lower()
+            is_system, is_answer = role in _SYSTEM_ROLES, role in _ANSWER_ROLES
+            found.append(Turn(match.start(), match.end(), is_system, is_answer))
         return found
 
     def boundary(self, text: str, position: int) -> int:

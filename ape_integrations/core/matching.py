@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 from ape_integrations.core.markup import ChatMarkup
 from ape_integrations.core.registry import ContextRegistry
 
-# Candidate starts: after a line break, markup, a label's colon, a bracket, a quote or an escaped
-# line break. Cheap and generous; `_begins` decides.
-_CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`]|\\n)[ \t]*(?=\S)")
+# Candidate starts: after a line break, markup, punctuation, a bracket, a quote or an escaped line
+# break. Cheap and generous; `_begins` decides.
+_CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`=(|.,;!?]|\\n)[ \t]*(?=\S)")
 _BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?\d{1,4}[.)])[ \t]+", re.MULTILINE)
 _MAX_BULLET = 16
 _OPENING = re.compile(r"(?:\A|[\[({,:=>\n]|\\n)[ \t]*[\"'`]{1,3}[ \t]*\Z")
@@ -22,8 +24,23 @@ _TEXT_END = re.compile(
     rf"|,[ \t]*\"|[\"'`]{{1,3}}[ \t]*(?:\Z|[\]}}).,:;\r\n]|{_TAG}|\\[nr]))"
 )
 _LABEL_AFTER = re.compile(r"[ \t]+[A-Z][\w ]{0,24}:")
+_QUOTE_AFTER = re.compile(r"[ \t]*[\"'`]")
 _LONGEST_WORD = 32  # characters; longer text without a space is a sentence of a script without
-_LONG_TEXT = 40  # characters from which a text may be followed by a label on its own line
+# Characters from which a text may begin in a line, and be followed by a label or another text.
+_LONG_TEXT = 40
+_JOINT = re.compile(r"[ \t]*[,;|/\u00b7\u2022\u2013\u2014-]{0,3}[ \t]+")
+_SEPARATOR = re.compile(rf"{_JOINT.pattern}|[ \t]*\n\s*")
+
+# Who speaks in a transcript, and a chain's own earlier answer ("Original Answer: ...").
+_SPEAKER = re.compile(
+    r"^[ \t]*(?:(?:user|human|system|tool)|(?P<answer>assistant|ai|answer|response"
+    r"|(?:[^\W\d_]+ ){0,4}(?:existing|original|previous|current|first|earlier|prior|last)"
+    r" (?:answer|response)))[ \t]*[:\uff1a](?=[ \t]*\S)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# What ends an answer inside a message: an empty line, a rule, or a line that begins with a label.
+_ANSWER_END = re.compile(r"\n[ \t]*(?:\n|[-=*#_]{3,}|[^\W\d_][^\n:\uff1a]{0,60}[:\uff1a])")
+_LONGEST_ANSWER = 4000  # characters that are searched for its label
 
 
 def find_contexts(
@@ -32,8 +49,9 @@ def find_contexts(
     """Find the registered texts that a prompt contains as texts of their own.
 
     A text counts where a line, a label, markup or a quoted string begins, and ends where one of
-    them ends. A single word must fill a line or a piece of markup. What lies inside a known query
-    string is part of the question.
+    them ends, or where another one follows. A single word must fill a line or a piece of markup.
+    What lies inside a known query string is part of the question, and what an earlier answer says
+    is part of the conversation.
 
     Parameters
     ----------
@@ -48,24 +66,79 @@ def find_contexts(
     """
     if not len(registry):
         return []
-    queries = registry.queries(prompt)
-    joined = "\0".join(queries)
+    search = _Search(prompt, registry, markup)
+    return registry.find(prompt, search.positions(), search.accept)
 
-    def accept(start: int, end: int) -> bool:
+
+class _Search:
+    """Looks for the texts of one prompt, from its start to its end."""
+
+    def __init__(self, prompt: str, registry: ContextRegistry, markup: ChatMarkup) -> None:
+        self._prompt, self._registry, self._markup = prompt, registry, markup
+        self._queries = registry.queries(prompt)
+        self._joined = "\0".join(self._queries)
+        self._turns = markup.turns(prompt)
+        self._turn_ends = [turn.end for turn in self._turns]
+        starts = {match.end() for match in _CANDIDATE.finditer(prompt)}
+        starts.update(match.end() for match in _BULLET.finditer(prompt))
+        starts.update(markup.token_ends(prompt))
+        self._ahead = sorted(starts)
+        self._neighbours: set[int] = set()  # where a text follows another one in its line
+        self._found: list[tuple[int, int]] = []
+
+    def positions(self) -> Iterator[int]:
+        """Yield where texts may begin, ascending; accepted texts add to them."""
+        while self._ahead:
+            yield heapq.heappop(self._ahead)
+
+    def accept(self, start: int, end: int) -> bool:
+        """Say whether a registered text counts, and remember it."""
+        prompt, long = self._prompt, end - start >= _LONG_TEXT
         word = end - start <= _LONGEST_WORD and not any(map(str.isspace, prompt[start:end]))
-        return (
-            _begins(prompt, start, word, markup)
-            and _ends(prompt, start, end, word, markup)
-            and not (prompt[start:end] in joined and _inside_query(prompt, start, end, queries))
-        )
+        joined = self._follower(_JOINT, end) if long else None
+        begins = start in self._neighbours or _begins(prompt, start, word, long, self._markup)
+        ends = joined is not None or _ends(prompt, end, word, long, self._markup)
+        # One that begins inside a sentence ("Here are the facts. ...") is the first of several.
+        begins = begins or (long and self._follower(_SEPARATOR, end) is not None)
+        if not (begins and ends) or self._is_said(start, end):
+            return False
+        self._found.append((start, end))
+        if joined is not None:
+            self._neighbours.add(joined)
+            heapq.heappush(self._ahead, joined)
+        return True
 
-    starts = {match.end() for match in _CANDIDATE.finditer(prompt)}
-    starts.update(match.end() for match in _BULLET.finditer(prompt))
-    starts.update(markup.token_ends(prompt))
-    return registry.find(prompt, sorted(starts), accept)
+    def _follower(self, separator: re.Pattern[str], end: int) -> int | None:
+        """Return where a long text begins behind a separator, if one does."""
+        match = separator.match(self._prompt, end)
+        if match is None:
+            return None
+        texts = self._registry.texts_at(self._prompt, match.end())
+        return match.end() if any(len(text) >= _LONG_TEXT for text in texts) else None
+
+    def _is_said(self, start: int, end: int) -> bool:
+        """Whether a text is part of the question or of an earlier answer."""
+        text = self._prompt[start:end]
+        if text in self._joined and _inside_query(self._prompt, start, end, self._queries):
+            return True
+        earlier = reversed(self._turns[: bisect_right(self._turn_ends, start)])
+        # A text may itself hold what looks like a header.
+        turn = next((turn for turn in earlier if not self._is_in_text(turn.start)), None)
+        opened = 0 if turn is None else turn.end
+        if turn is not None and turn.is_answer:
+            return not self._markup.has_token(self._prompt[opened:start])
+        searched = max(opened, start - _LONGEST_ANSWER), start + 1
+        spoken = [m for m in _SPEAKER.finditer(self._prompt, *searched) if m.end() <= start]
+        labels = [match for match in spoken if not self._is_in_text(match.start())]
+        if not labels or not labels[-1]["answer"]:
+            return False
+        return _ANSWER_END.search(self._prompt, labels[-1].end(), start) is None
+
+    def _is_in_text(self, position: int) -> bool:
+        return any(start <= position < end for start, end in self._found)
 
 
-def _begins(prompt: str, start: int, word: bool, markup: ChatMarkup) -> bool:
+def _begins(prompt: str, start: int, word: bool, long: bool, markup: ChatMarkup) -> bool:
     edge = start
     while edge and prompt[edge - 1] in " \t":
         edge -= 1
@@ -78,16 +151,18 @@ def _begins(prompt: str, start: int, word: bool, markup: ChatMarkup) -> bool:
         return False
     if before in (":", "\uff1a", "]") or prompt[edge - 2 : edge] == "\\n":
         return True
+    if long and before in ("=", "(", "|"):
+        return True
     if before in ("'", '"', "`"):
         return _OPENING.search(prompt[max(0, edge - 16) : start]) is not None
     line = prompt[prompt.rfind("\n", max(0, start - _MAX_BULLET), start) + 1 : start]
     return len(line) <= _MAX_BULLET and _BULLET.fullmatch(line) is not None
 
 
-def _ends(prompt: str, start: int, end: int, word: bool, markup: ChatMarkup) -> bool:
+def _ends(prompt: str, end: int, word: bool, long: bool, markup: ChatMarkup) -> bool:
     if (_WORD_END if word else _TEXT_END).match(prompt, end) or markup.token_at(prompt, end):
         return True
-    return end - start >= _LONG_TEXT and _LABEL_AFTER.match(prompt, end) is not None
+    return long and any(after.match(prompt, end) for after in (_LABEL_AFTER, _QUOTE_AFTER))
 
 
 def _inside_query(prompt: str, start: int, end: int, queries: Sequence[str]) -> bool:

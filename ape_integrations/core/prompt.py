@@ -94,7 +94,8 @@ class PromptSplitter:
         spans = self._find(prompt)
         if not spans:
             return PromptParts("", (), prompt)
-        gaps = self._labels.divide([prompt[end:start] for (_, end), (start, _) in pairwise(spans)])
+        between = [prompt[end:start] for (_, end), (start, _) in pairwise(spans)]
+        gaps = self._labels.divide(between, self._registry.queries(prompt))
         if not self._reorder:
             # A conversation between two contexts cannot stay where it is: it ends the contexts.
             kept = next((i for i, gap in enumerate(gaps) if gap.moved.strip()), len(gaps))

@@ -170,7 +170,7 @@ class ContextRegistry:
     def __init__(self, max_texts: int = 20_000, max_queries: int = 256) -> None:
         self._max_texts = max_texts
         self._max_queries = max_queries
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reset()
 
     def _reset(self) -> None:
@@ -259,6 +259,11 @@ class ContextRegistry:
         forms = [form for form in _FORMS if form.marker.search(prompt)]
         written = (form.rewrite(query) for form in forms for query in queries)
         return tuple(dict.fromkeys([*queries, *written]))
+
+    def texts_at(self, prompt: str, position: int) -> list[str]:
+        """Return the registered texts that a prompt continues with at a position."""
+        with self._lock:
+            return self._index.at(prompt, position)
 
     def find(
         self, prompt: str, positions: Iterable[int], accept: Callable[[int, int], bool]

@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 
 from ape_integrations.core.markup import ChatMarkup
 
-_SHORT_QUERY = 12  # characters; shorter query strings must stand alone on a line or after a label
+# Shorter query strings, and few words that are no question, must stand alone on a line or after a
+# label: they may be a name that the instructions mention as well.
+_SHORT_QUERY, _FEW_WORDS = 12, 3
 _WORTHWHILE = 20  # letters and digits that a common head needs to be more than a chat header
 _COMPARED = 64  # most recent heads that a new one is compared with
 _ALIKE = 3  # letters and digits by which the beginnings of two varying parts are the same
 _REST = 48  # characters of a varying part by which its pipeline is recognised
+_PATIENCE = 5  # earlier heads that must differ from a new one before it is held varying
 _ONE_OFFS = 24  # heads without anything in common, each seen once, before a new one is held varying
-
+_UNSPACED = "\u2e80"  # scripts without spaces between words: from the CJK blocks on
 
 # "Question: ", "The original query is as follows: "
 _LABEL = re.compile(r"\s*([^\n:\uff1a]{1,60})[:\uff1a](?=\s)")
+_ASKED = re.compile(r"\b(?:question|query|input|message|request)\b", re.IGNORECASE)
 _ROLES = frozenset({"system", "developer", "user", "human", "assistant", "ai", "tool"})
 
 
@@ -102,20 +106,20 @@ class PrefixMemory:
         known = self._heads.get(text)
         if known is None:
             rest = head[limit : limit + _REST] if by_query == limit else ""
-            known = _Head(text, self._compare(text, patience=2 if queries else 1), rest)
+            known = _Head(text, self._compare(text, queries_known=bool(queries)), rest)
         return known, known.cut
 
-    def _compare(self, text: str, patience: int) -> int:
+    def _compare(self, text: str, queries_known: bool) -> int:
         """Cut a head not seen before where it leaves what it has in common with earlier ones.
 
         Parameters
         ----------
         text : str
-        patience : int
-            Earlier heads that must differ from this one before it is held varying. One may be
-            another pipeline's; where query strings are known and none stands in the head, that is
-            likelier.
+        queries_known : bool
+            Query strings are known, and none stands in the head. Then a head that differs from
+            earlier ones is likelier another pipeline's than the same one's with another question.
         """
+        patience = _PATIENCE if queries_known else 1
         recent = list(self._heads.values())[-_COMPARED:]
         for other in recent:
             if text.startswith(other.text) and self._is_alike(text[len(other.text) :], other.rest):
@@ -126,7 +130,7 @@ class PrefixMemory:
             if length == min(len(text), len(other.text)):
                 continue  # one goes on where the other ends: they do not contradict each other
             common = self._markup.boundary(text, length)
-            alike = self._is_question_line(text, other.text, common, length)
+            alike = self._is_question_line(text, other.text, common, length, queries_known)
             related.append((common, alike, other))
         related.sort(key=lambda relation: relation[0], reverse=True)
         for common, alike, other in related:
@@ -148,12 +152,19 @@ class PrefixMemory:
     def _is_alike(self, text: str, rest: str) -> bool:
         return self._count_words(rest[: _common_length(text, rest)]) >= _ALIKE
 
-    def _is_question_line(self, text: str, other: str, common: int, length: int) -> bool:
-        """Whether two heads differ in a question, or in the value of a label ("Question: ")."""
+    def _is_question_line(
+        self, text: str, other: str, common: int, length: int, queries_known: bool
+    ) -> bool:
+        """Whether two heads differ in a question, or in the value of a label ("Question: ").
+
+        Where queries are known, the label must be one of questions.
+        """
         header = next((t.end for t in self._markup.turns(text[common:]) if t.start == 0), 0)
         label = _LABEL.match(text[common + header : length])
-        if label is not None:
+        if label is not None and (label.group(1).lower() in _ROLES or not queries_known):
             return label.group(1).lower() not in _ROLES
+        if label is not None and _ASKED.search(label.group(1)):
+            return True
         return all("?" in head[common:].partition("\n")[0] for head in (text, other))
 
     def _count_words(self, text: str) -> int:
@@ -179,16 +190,24 @@ def _find_query(head: str, query: str, before: int) -> int:
         end = position + len(query)
         left, right = head[max(0, position - 1) : position], head[end : end + 1]
         if not (_joins_word(left) or _joins_word(right)) and (
-            len(query) >= _SHORT_QUERY or _stands_alone(head, position, end)
+            is_telling(query) or _stands_alone(head, position, end)
         ):
             return position
         position = head.find(query, position + 1, min(len(head), before + len(query)))
     return -1
 
 
+def is_telling(query: str) -> bool:
+    """Whether a query would hardly stand in a sentence by chance."""
+    if len(query) < _SHORT_QUERY:
+        return False
+    without_spaces = any(char >= _UNSPACED for char in query)
+    return without_spaces or len(query.split()) > _FEW_WORDS or query.endswith("?")
+
+
 def _joins_word(char: str) -> bool:
-    # Scripts written without spaces (from the CJK blocks on) have words side by side.
-    return char.isalnum() and char < "\u2e80"
+    # Scripts written without spaces have words side by side.
+    return char.isalnum() and char < _UNSPACED
 
 
 def _stands_alone(head: str, start: int, end: int) -> bool:

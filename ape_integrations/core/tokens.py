@@ -33,6 +33,8 @@ class Tokens:
         self._literal.split_special_tokens = True
         self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._known = lru_cache(_KNOWN_TEXTS)(self._literally)
+        self._joining: dict[int, bool] = {}
+        self._followers = [ids[-1] for word in ("a", " a") if (ids := self._plain_ids(word))]
         self._changes_starts = any(
             _behind(self._plain_ids, word) != self._plain_ids(word) for word in ("word", "1")
         )
@@ -107,6 +109,14 @@ class Tokens:
         )
         return str(text)
 
+    def joins_next(self, token: int) -> bool:
+        """Whether a token's text changes when another one follows, as that of a joiner does."""
+        if token not in self._joining:
+            alone = self.decode([token])
+            pairs = (self.decode([token, follower]) for follower in self._followers)
+            self._joining[token] = not all(pair.startswith(alone) for pair in pairs)
+        return self._joining[token]
+
 
 def _behind(tokenize: Callable[[str], list[int]], text: str) -> list[int]:
     """Tokenise a text as it is tokenised behind another one.
@@ -125,7 +135,8 @@ def _behind(tokenize: Callable[[str], list[int]], text: str) -> list[int]:
 class IncrementalDecoder:
     """Turns token ids into text piece by piece; pieces joined are the decoded whole.
 
-    A piece is held back while it ends in an incomplete character.
+    A piece is held back while it ends in an incomplete character, or in a token whose text depends
+    on the next one.
     """
 
     def __init__(self, tokens: Tokens) -> None:
@@ -139,7 +150,9 @@ class IncrementalDecoder:
         self._ids.extend(ids)
         known = self._tokens.decode(self._ids[self._window : self._read])
         text = self._tokens.decode(self._ids[self._window :])
-        if (text.endswith("\ufffd") and not last) or len(text) <= len(known):
+        if len(text) <= len(known):
+            return ""
+        if not last and (text.endswith("\ufffd") or self._tokens.joins_next(self._ids[-1])):
             return ""
         self._window, self._read = self._read, len(self._ids)
         return text[len(known) :]

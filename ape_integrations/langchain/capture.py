@@ -14,7 +14,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.tracers.context import register_configure_hook
 
-from ape_integrations.langchain.engine import engines
+from ape_integrations.langchain.engine import register_everywhere
 
 #: Retrievals under way at the same time; more can only be left over from crashed ones.
 _MAX_RUNNING = 4096
@@ -27,10 +27,11 @@ def relevance_scores(documents: Sequence[Document]) -> dict[str, float]:
 
 
 class RetrievalCapture(BaseCallbackHandler):
-    """Hands retrieved documents and their query to every live model that wants them.
+    """Hands retrieved documents and their query to every model that wants them.
 
     Knows nothing of which chain a retrieval belongs to: registering a text with a model that never
-    sees it costs a dictionary entry.
+    sees it costs a dictionary entry. Models that come later get the latest retrievals, because a
+    model configured for one call exists only after that call's retrieval.
     """
 
     #: It takes no time, and must not wait for a thread behind long answers.
@@ -55,10 +56,7 @@ class RetrievalCapture(BaseCallbackHandler):
         """Register the documents."""
         query = self._forget(run_id)
         texts = [document.page_content for document in documents]
-        scores = relevance_scores(documents)
-        for engine in engines():
-            if engine.settings.capture:
-                engine.register(texts, query, scores)
+        register_everywhere(texts, query, relevance_scores(documents))
 
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the query."""

@@ -25,6 +25,7 @@ from ape_integrations.core.asynchronous import iterate, run_generation, stopped_
 from ape_integrations.core.chat import render_chat
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.errors import ConfigError
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
 from ape_integrations.langchain.batches import BatchedCalls
@@ -72,12 +73,24 @@ class _Call:
             return ToolCalls(result.text)
         # The marks of a tool call may be special tokens, which the text does not show.
         answer = self.generator.tokenizer.decode(
-            result.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            self._without_end(result.token_ids),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         found = parse_tool_calls(f"{self.opening}{answer}", self.tool_names)
         if found.calls or found.invalid:
             return found
         return ToolCalls(self.opening + result.text)
+
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
+        """Return an answer's tokens without those at its end that say that it ends."""
+        model, tokenizer = self.generator.model, self.generator.tokenizer
+        settings = GenerationSettings(self.generation, model.generation_config, 1)
+        ends = {*settings.end_tokens, tokenizer.eos_token_id}
+        kept = list(ids)
+        while kept and kept[-1] in ends:
+            kept.pop()
+        return kept
 
 
 class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
@@ -196,7 +209,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
                 messages = with_instruction(messages, structured["tool"])
         if self.capture:
             generator.registry.register(documents_in(messages))
-        if choice == "none":
+        if _choice_name(choice) == "none":
             tools = []
         names = tuple(tool["function"]["name"] for tool in tools)
         form = tool_format(_template(generator, tools)) if tools else None
@@ -302,8 +315,8 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
         tools : sequence
             Tools, functions, pydantic classes or JSON schemas.
         tool_choice : str, dict or bool, optional
-            ``"auto"``, ``"none"``, ``"any"`` or a tool's name. A call is forced by beginning the
-            answer with it.
+            ``"auto"``, ``"none"``, ``"any"`` or a tool's name; or a dict with one of these as
+            ``type`` or ``name``. A call is forced by beginning the answer with it.
         strict, parallel_tool_calls : bool, optional
             Taken for other models' sake; a local model knows neither.
 
@@ -340,7 +353,13 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
             the end of the prompt) or ``"json_mode"`` (the prompt itself asks for JSON). None takes
             the first one that the chat template has a place for.
         strict : bool, optional
-            Taken for other models' sake: what is returned is validated in any case.
+            Taken for other models' sake; a local model does not know it.
+
+        Notes
+        -----
+        An answer becomes an instance of a pydantic class, and is thereby validated. For a
+        TypedDict or a JSON schema it is read only: the dict may lack keys of the schema, or hold
+        other ones.
         """
         if method not in (None, "function_calling", "json_schema", "json_mode"):
             raise ConfigError(f"Unknown method {method!r} of structured output.")
@@ -437,8 +456,7 @@ def _has_tools(generator: APEGenerator, tool: dict[str, Any]) -> bool:
 
 def _normalised_choice(choice: str | dict[str, Any] | bool | None, names: list[str]) -> str | None:
     """Return None for a free choice, ``"none"``, ``"any"`` or a tool's name."""
-    if isinstance(choice, dict):
-        choice = str(choice.get("function", choice).get("name"))
+    choice = _choice_name(choice)
     if choice in (None, False, "auto"):
         return None
     if choice in (True, "any", "required"):
@@ -446,6 +464,16 @@ def _normalised_choice(choice: str | dict[str, Any] | bool | None, names: list[s
     if choice != "none" and choice not in names:
         raise ConfigError(f"tool_choice {choice!r} is none of the tools: {', '.join(names)}.")
     return str(choice)
+
+
+def _choice_name(choice: Any) -> Any:
+    """Return what a tool choice says in a dict, in whichever form, or the choice itself."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") in ("auto", "none", "any", "required"):
+        return choice["type"]
+    named = choice.get("function", choice)
+    return str(named.get("name") if isinstance(named, dict) else named)
 
 
 def _opening(form: ToolFormat, choice: Any, names: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -14,17 +14,21 @@ from langchain_core.prompts import (
     format_document,
 )
 from langchain_core.prompts.chat import MessagesPlaceholder
-from langchain_core.runnables import RunnableBinding
-from pydantic import ConfigDict, field_validator
+from langchain_core.runnables import RunnableBinding, RunnableParallel, RunnableSequence
+from pydantic import ConfigDict, Field, model_validator
 from tqdm.auto import tqdm
 
 from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.capture import relevance_scores
 from ape_integrations.langchain.chat_model import ChatAPE
+from ape_integrations.langchain.engine import Engine
 from ape_integrations.langchain.settings import APESettings
 
 #: Variables that hold the documents in the prompts of LangChain's own chains.
 _DOCUMENT_VARIABLES = ("context", "documents", "summaries", "text", "context_str", "docs")
+
+#: Arguments of a call that decide which model reads which prompt.
+_OF_THE_PROMPT = ("model", "tools", "tool_choice", "structured_output")
 
 #: Stands for the question while a prompt is rendered ahead of time.
 _QUESTION = "Which question will be asked of these documents?"
@@ -44,23 +48,33 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
     Parameters
     ----------
     model : ChatAPE or APELanguageModel
-        The model that will read the documents.
+        The model that will read the documents, or what ``bind_tools``, ``with_structured_output``
+        or ``bind`` made of it: tools are a part of the prompt, and so of what ``warm()`` stores.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
     model: Any
+    bindings: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """What was bound to ``model`` and decides which model reads which prompt."""
 
-    @field_validator("model")
+    @model_validator(mode="before")
     @classmethod
-    def _is_ours(cls, model: Any) -> Any:
-        while isinstance(model, RunnableBinding):
-            model = model.bound
+    def _take_bindings(cls, values: Any) -> Any:
+        """Tell the model from what was bound to it."""
+        if not isinstance(values, Mapping) or "model" not in values:
+            return values
+        model, bound = _unbound(values["model"])
         if not isinstance(model, APESettings):
             raise ConfigError(
                 f"model must be a ChatAPE or an APELanguageModel, not {type(model).__name__}."
             )
-        return model
+        return {**values, "model": model, "bindings": {**values.get("bindings", {}), **bound}}
+
+    @property
+    def _engine(self) -> Engine:
+        engine: Engine = self.model._engine_for(self.bindings.get("model"))[0]
+        return engine
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -90,7 +104,7 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
 
     def _register(self, documents: Sequence[Document], query: str | None) -> None:
         texts = [document.page_content for document in documents]
-        self.model._engine.register(texts, query, relevance_scores(documents))
+        self._engine.register(texts, query, relevance_scores(documents))
 
     # Ahead of time ------------------------------------------------------------------------------
 
@@ -128,13 +142,15 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
         Raises
         ------
         ConfigError
-            The prompt has no variable for documents.
+            The prompt has no variable for the text of documents, or is no prompt but a chain; or
+            something else than Documents is to be warmed.
         """
+        _check_documents(documents)
         template = document_prompt or PromptTemplate.from_template("{page_content}")
         variable = None
         if not isinstance(prompt, str):
             variable = _document_variable(prompt, document_variable)
-        generator = self.model.generator
+        generator = self._engine.generator
         counts = {"contexts": 0, "hits": 0, "misses": 0}
         with tqdm(total=len(documents), unit="doc", disable=not show_progress) as progress:
             progress.set_description("Warming the store")
@@ -157,14 +173,44 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             return str(prompt), texts
         value = prompt.invoke(_arguments(prompt, variable, "\n\n".join(texts)))
         if isinstance(self.model, ChatAPE):
-            rendered = self.model.render(value.to_messages())
+            rendered = self.model._prepare(value.to_messages(), None, self.bindings).prompt
         else:
             rendered = value.to_string()
-        parts = self.model.generator.split(rendered)
+        parts = self._engine.generator.split(rendered)
         return parts.prefix, parts.contexts
 
 
+def _unbound(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model without its bindings, and of these what shapes the prompt."""
+    bound: dict[str, Any] = {}
+    while isinstance(model, (RunnableBinding, RunnableSequence, RunnableParallel)):
+        if isinstance(model, RunnableBinding):
+            bound = {**model.kwargs, **bound}
+            model = model.bound
+        elif isinstance(model, RunnableSequence):  # a model and the parser of its answers
+            model = model.first
+        elif len(model.steps__) == 1:  # a model whose raw answers are kept
+            (model,) = model.steps__.values()
+        else:
+            break
+    return model, {name: bound[name] for name in _OF_THE_PROMPT if name in bound}
+
+
+def _check_documents(documents: Sequence[Document]) -> None:
+    for document in documents:
+        if not isinstance(document, Document):
+            raise ConfigError(
+                f"documents must be a list of Documents, but a {type(document).__name__} is in "
+                "it: pass Document(page_content=...) for a text."
+            )
+
+
 def _document_variable(prompt: BasePromptTemplate[Any], given: str | None) -> str:
+    if not isinstance(prompt, BasePromptTemplate):
+        raise ConfigError(
+            f"prompt must be the chain's prompt template, or a prefix as a string, not "
+            f"{type(prompt).__name__}: of a chain, pass the prompt alone."
+        )
     names = set(prompt.input_variables)
     found = given or next((name for name in _DOCUMENT_VARIABLES if name in names), None)
     if found not in names:
@@ -172,13 +218,23 @@ def _document_variable(prompt: BasePromptTemplate[Any], given: str | None) -> st
             f"The prompt has no variable {given or 'for documents'}: it has "
             f"{', '.join(sorted(names)) or 'none'}. Name it in document_variable."
         )
+    if found in _histories(prompt):
+        raise ConfigError(
+            f"{found} takes messages (a MessagesPlaceholder), but documents are warmed as text: "
+            'pass a prompt that has them in a message, such as ("system", "...{context}").'
+        )
     return found
+
+
+def _histories(prompt: BasePromptTemplate[Any]) -> set[str]:
+    """Return the variables that take messages."""
+    messages = prompt.messages if isinstance(prompt, ChatPromptTemplate) else []
+    return {m.variable_name for m in messages if isinstance(m, MessagesPlaceholder)}
 
 
 def _arguments(prompt: BasePromptTemplate[Any], variable: str, documents: str) -> dict[str, Any]:
     """Return a value for each variable: no history, and a made-up question."""
-    messages = prompt.messages if isinstance(prompt, ChatPromptTemplate) else []
-    histories = {m.variable_name for m in messages if isinstance(m, MessagesPlaceholder)}
+    histories = _histories(prompt)
     values: dict[str, Any] = {
         name: [] if name in histories else _QUESTION for name in prompt.input_variables
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +17,16 @@ from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.loading import bundled_model, usable_device_map
 from ape_integrations.store import KVStore
 
-#: Retrievals remembered for a model that is not loaded yet.
+#: Retrievals remembered for a model that is not loaded yet, or not even named.
 _MAX_PENDING = 256
 
+#: Engines kept for the configured copies of a model, each of which lives for one call.
+_MAX_CONFIGURED = 4
+
+Retrieval = tuple[list[str], str | None, Mapping[str, float] | None]
+
 _engines: WeakValueDictionary[Hashable, Engine] = WeakValueDictionary()
+_recent: deque[Retrieval] = deque(maxlen=_MAX_PENDING)
 _engines_lock = threading.Lock()
 # Loading with transformers changes global state and is not safe from several threads at once.
 _loading_lock = threading.Lock()
@@ -47,6 +53,12 @@ class LoadedModel:
         if self.generator is not None:
             return self.generator.model, self.generator.tokenizer
         return self.model, self.tokenizer
+
+    @property
+    def name(self) -> str:
+        """Name of the model, as far as it knows it."""
+        config = self.parts[0].config
+        return str(getattr(config, "_name_or_path", "") or config.model_type)
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
@@ -99,12 +111,22 @@ class EngineSettings:
             self.capture,
         )
 
+    @property
+    def weights(self) -> Hashable:
+        """The part of the key that decides which model is loaded."""
+        key: tuple[Hashable, ...] = self.key  # type: ignore[assignment]
+        return key[0], key[1], key[4]
+
     def load(self) -> APEGenerator:
-        """Return the generator, which takes as long as loading the model takes."""
+        """Return the generator, which takes as long as loading the model takes.
+
+        Engines that differ in other settings share one model in memory.
+        """
         if self.loaded is not None and self.loaded.generator is not None:
             return self.loaded.generator
-        if self.loaded is not None:
-            return APEGenerator(*self.loaded.parts, store=self.store, config=self.config)
+        parts = self.loaded.parts if self.loaded is not None else _loaded_parts(self)
+        if parts is not None:
+            return APEGenerator(*parts, store=self.store, config=self.config)
         kwargs = dict(self.load_kwargs)
         device_map = usable_device_map(kwargs.pop("device_map", "auto"))
         if device_map is not None:
@@ -121,13 +143,14 @@ class Engine:
     Parameters
     ----------
     settings : EngineSettings
+    earlier : sequence of Retrieval
+        What was retrieved before there was this engine.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, earlier: Sequence[Retrieval] = ()) -> None:
         self.settings = settings
         self._generator: APEGenerator | None = None
-        self._pending: deque[tuple[list[str], str | None, Mapping[str, float] | None]]
-        self._pending = deque(maxlen=_MAX_PENDING)
+        self._pending = deque(earlier, maxlen=_MAX_PENDING)
         self._lock = threading.Lock()
 
     @property
@@ -142,6 +165,12 @@ class Engine:
                         while self._pending:
                             generator.registry.register(*self._pending.popleft())
         return self._generator
+
+    @property
+    def parts(self) -> tuple[Any, Any] | None:
+        """Model and tokenizer, where they are loaded."""
+        generator = self._generator
+        return None if generator is None else (generator.model, generator.tokenizer)
 
     def register(
         self,
@@ -171,19 +200,65 @@ class Engine:
         return acquire, (self.settings,)
 
 
+class EnginePool:
+    """Engines that one model's configured copies used last, so that the next copy finds them."""
+
+    def __init__(self) -> None:
+        self._engines: OrderedDict[Hashable, Engine] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, engine: Engine) -> None:
+        """Hold an engine; the least recently used one is let go."""
+        with self._lock:
+            self._engines[engine.settings.key] = engine
+            self._engines.move_to_end(engine.settings.key)
+            while len(self._engines) > _MAX_CONFIGURED:
+                self._engines.popitem(last=False)
+
+    def __eq__(self, other: object) -> bool:
+        # Models with equal settings are equal, whatever copies were made of them.
+        return isinstance(other, EnginePool)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EnginePool:
+        return EnginePool()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EnginePool, ()
+
+
 def acquire(settings: EngineSettings) -> Engine:
     """Return the engine of these settings: one per process, as long as somebody holds it."""
     with _engines_lock:
         engine = _engines.get(settings.key)
         if engine is None:
-            engine = _engines[settings.key] = Engine(settings)
+            engine = Engine(settings, _recent if settings.capture else ())
+            _engines[settings.key] = engine
         return engine
+
+
+def register_everywhere(
+    texts: Sequence[str], query: str | None, scores: Mapping[str, float] | None
+) -> None:
+    """Note what a retriever returned for every engine that wants it, later ones included."""
+    with _engines_lock:
+        _recent.append((list(texts), query, scores))
+        wanting = [engine for engine in _engines.values() if engine.settings.capture]
+    for engine in wanting:
+        engine.register(texts, query, scores)
 
 
 def engines() -> list[Engine]:
     """Return all engines that somebody holds."""
     with _engines_lock:
         return list(_engines.values())
+
+
+def _loaded_parts(settings: EngineSettings) -> tuple[Any, Any] | None:
+    """Return the model and tokenizer of settings where another engine has loaded them."""
+    alike = (engine.parts for engine in engines() if engine.settings.weights == settings.weights)
+    return next((parts for parts in alike if parts is not None), None)
 
 
 def _resolved(path: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +17,15 @@ from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generation import GenerationResult
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.errors import ConfigError
-from ape_integrations.langchain.engine import Engine, EngineSettings, LoadedModel, acquire
+from ape_integrations.langchain.engine import (
+    Engine,
+    EnginePool,
+    EngineSettings,
+    LoadedModel,
+    acquire,
+)
 from ape_integrations.models import DEMO_MODEL_NAME
+from ape_integrations.store import KVStore
 
 #: Standard parameters of LangChain models that mean nothing for a model in the same process.
 _MEANINGLESS = frozenset({"timeout", "max_retries", "api_key", "base_url", "stream_usage"})
@@ -49,11 +57,20 @@ _FROM_PRETRAINED_ARGUMENTS = frozenset(
 )
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
+#: Arguments of ``from_pretrained`` that nobody else should read.
+_SECRETS = frozenset({"token", "use_auth_token"})
+_MASK = "**********"
+
+#: Fields that a call may give as well.
+_CALL_FIELDS = ("temperature", "max_tokens", "top_p", "stop", "seed")
+
 
 class APESettings(BaseModel):
     """Fields of both LangChain models. Each sampling field can be given per call and bound, too."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
     model: Any = None
     """Hub name or directory; a loaded model (with ``tokenizer``) and an APEGenerator are taken,
@@ -63,6 +80,8 @@ class APESettings(BaseModel):
     """The tokenizer of a loaded model."""
     loaded: LoadedModel | None = Field(default=None, exclude=True, repr=False)
     """The loaded model behind ``model``, where there is one."""
+    configured: EnginePool = Field(default_factory=EnginePool, exclude=True, repr=False)
+    """Engines of the copies that ``configurable_fields`` makes of this model."""
     temperature: float | None = Field(default=None, ge=0)
     """Sampling temperature; 0 is greedy decoding, None what the model's generation config says."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -74,9 +93,11 @@ class APESettings(BaseModel):
     seed: int | None = None
     """Makes sampling reproducible, whatever other threads do."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for ``model.generate()``, such as ``top_k`` or ``repetition_penalty``."""
+    """More arguments for ``model.generate()``, such as ``top_k`` or ``repetition_penalty``; none
+    of those that are fields here."""
     load_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments for ``from_pretrained``, such as ``dtype`` or ``device_map``."""
+    """Arguments for ``from_pretrained``, such as ``dtype`` or ``device_map``. A ``token`` stays
+    out of traces and representations."""
     attention_temperature: float | None = None
     """T of APE; None is the default of APEConfig."""
     scaling_factor: float | None = None
@@ -108,9 +129,12 @@ class APESettings(BaseModel):
                 raise ConfigError("A loaded model needs its tokenizer: pass tokenizer=...")
             values["loaded"] = LoadedModel(model=given, tokenizer=tokenizer)
             tokenizer = None
-        if values.get("loaded") is not None and not isinstance(values.get("model"), str):
-            config = values["loaded"].parts[0].config
-            values["model"] = str(getattr(config, "_name_or_path", "") or config.model_type)
+        if values.get("loaded") is not None:
+            name = values["loaded"].name
+            if not isinstance(values.get("model"), str):
+                values["model"] = name
+            elif values["model"] != name:
+                del values["loaded"]  # a configured copy with another model
         if tokenizer is not None:
             raise ConfigError("tokenizer goes with a loaded model: pass both objects, or a name.")
         _refuse_unknown(values, cls)
@@ -123,6 +147,18 @@ class APESettings(BaseModel):
         return values
 
     @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        """Refuse second names for fields, and stores that are none."""
+        _refuse_fields(self.model_kwargs)
+        _length({"max_tokens": self.max_tokens, **self.model_kwargs})
+        if self.store is not None and not isinstance(self.store, (str, KVStore)):
+            raise ConfigError(
+                f"store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a "
+                f"directory, not {type(self.store).__name__}."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _find_engine(self) -> APESettings:
         if self.store is not None and self.cache_dir is not None:
             raise ConfigError("store and cache_dir are two names for one thing: pass one of them.")
@@ -132,7 +168,9 @@ class APESettings(BaseModel):
                 f"{', '.join(misplaced)} in model_kwargs: model_kwargs are for generation, "
                 "load_kwargs for loading the model."
             )
-        assert self._engine is not None  # held from now on, so that retrievals reach it
+        engine = self._engine  # held from now on, so that retrievals reach it
+        if "configured" in self.model_fields_set:
+            self.configured.keep(engine)
         return self
 
     @property
@@ -200,12 +238,18 @@ class APESettings(BaseModel):
             engines[model] = acquire(replace(own, model=str(model), loaded=None))
         return engines[model], str(model)
 
+    def __repr_args__(self) -> Any:
+        """Show every field but the secrets of loading."""
+        masked = {k: _MASK if k in _SECRETS else v for k, v in self.load_kwargs.items()}
+        for name, value in super().__repr_args__():
+            yield name, masked if name == "load_kwargs" else value
+
     def _answer_params(self) -> dict[str, Any]:
         """Everything that changes an answer, for caches that key on it."""
         settings = self._engine.settings
         params: dict[str, Any] = {
             "model": self.name_of_model,
-            "load_kwargs": self.load_kwargs,
+            "load_kwargs": {k: v for k, v in self.load_kwargs.items() if k not in _SECRETS},
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "top_p": self.top_p,
@@ -226,29 +270,70 @@ class APESettings(BaseModel):
         Raises
         ------
         ConfigError
-            An argument that nothing would heed.
+            An argument that nothing would heed, or one that is out of range.
         """
-        call = {**self.model_kwargs, **(kwargs.pop("model_kwargs", None) or {}), **kwargs}
+        own = kwargs.pop("model_kwargs", None) or {}
+        _refuse_fields({**self.model_kwargs, **own})
+        given = {**own, **kwargs}
+        call = {**self.model_kwargs, **given}
         for name in ("temperature", "top_p", "seed"):
             if call.get(name) is None:
                 call[name] = getattr(self, name)
-        max_tokens = call.pop("max_tokens", None)
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}.")
-        call.setdefault("max_new_tokens", max_tokens or self.max_tokens)
-        call["stop"] = stop if stop is not None else self.stop
+        call.pop("max_tokens", None)
+        default = {"max_tokens": self.max_tokens, **self.model_kwargs}
+        call["max_new_tokens"] = _length(given) or _length(default)
+        call["stop"] = _strings(stop if stop is not None else self.stop)
         call.pop("stream", None)
         known = set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS | {"stop"}
         _refuse_unknown(call, known)
-        return _sampling({name: value for name, value in call.items() if value is not None})
+        call = {name: value for name, value in call.items() if value is not None}
+        _check_sampling(call)
+        return _sampling(call)
+
+
+def _length(call: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a call allows, by whichever of the two names."""
+    names = [name for name in ("max_tokens", "max_new_tokens") if call.get(name) is not None]
+    if len(names) > 1:
+        raise ConfigError("max_tokens and max_new_tokens are two names for one thing: pass one.")
+    if not names:
+        return None
+    value = call[names[0]]
+    if not _is(value, Integral) or value < 1:
+        raise ConfigError(f"{names[0]} must be at least 1, and a whole number, not {value!r}.")
+    return int(value)
+
+
+def _strings(stop: Any) -> list[str] | None:
+    """Return stop strings as a list."""
+    if stop is None:
+        return None
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, Collection) or not all(isinstance(s, str) for s in strings):
+        raise ConfigError(f"stop must be a string or a list of strings, not {stop!r}.")
+    return list(strings)
+
+
+def _check_sampling(call: Mapping[str, Any]) -> None:
+    """Refuse what the fields of the same names would not take."""
+    temperature, top_p, seed = (call.get(name) for name in ("temperature", "top_p", "seed"))
+    if temperature is not None and not _is(temperature, Real):
+        raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
+    if temperature is not None and not temperature >= 0:
+        raise ConfigError(f"temperature must not be negative, as {temperature} is.")
+    if top_p is not None and not (_is(top_p, Real) and 0 < top_p <= 1):
+        raise ConfigError(f"top_p must be a number above 0 and at most 1, not {top_p!r}.")
+    if seed is not None and not _is(seed, Integral):
+        raise ConfigError(f"seed must be a whole number, not {seed!r}.")
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _sampling(call: dict[str, Any]) -> dict[str, Any]:
     """Say whether to sample: what the user gave decides, not the model's generation config."""
-    temperature = call.get("temperature")
-    if temperature is not None and temperature < 0:
-        raise ConfigError(f"temperature must not be negative, as {temperature} is.")
-    if temperature == 0:
+    if call.get("temperature") == 0:
         # None switches each of them off; what is left out would come from the generation config.
         return {**call, "do_sample": False, **dict.fromkeys(_SAMPLING)}
     if "do_sample" not in call and any(name in call for name in _SAMPLING):
@@ -261,8 +346,33 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str] | type[BaseModel]
     for name in values:
         if name not in names and not name.startswith("_"):  # what a copied model holds
             close = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"Unknown argument {name!r}: it would change nothing.{hint}")
+            hint = _place(name) or (f"Did you mean {close[0]}?" if close else "")
+            raise ConfigError(f"Unknown argument {name!r}: it would change nothing. {hint}".strip())
+
+
+def _place(name: str) -> str | None:
+    """Say where an argument belongs that something else takes."""
+    if name == "max_new_tokens":
+        return "Pass it as max_tokens, or in model_kwargs."
+    if name in _FROM_PRETRAINED_ARGUMENTS:
+        return f"It is for loading: make the model with load_kwargs={{{name!r}: ...}}."
+    if name in {field.name for field in fields(APEConfig)}:
+        return f"It is a setting of APE: make the model with ape_config=APEConfig({name}=...)."
+    if name == "namespace":
+        return "It belongs to DiskKVStore: make the model with store=DiskKVStore(namespace=...)."
+    if name in set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS:
+        return f"It is for model.generate(): pass it as model_kwargs={{{name!r}: ...}}."
+    return None
+
+
+def _refuse_fields(model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments for generation that have a field of their own."""
+    for name in _CALL_FIELDS:
+        if name in model_kwargs:
+            raise ConfigError(
+                f"{name} in model_kwargs: it is an argument of its own, so pass {name}=..., in "
+                "the constructor or in a call."
+            )
 
 
 def _aliases(model: type[BaseModel]) -> set[str]:

@@ -28,6 +28,8 @@ def with_instruction(messages: Sequence[BaseMessage], tool: Mapping[str, Any]) -
     """Ask for JSON at the very end, so that the prefix of the prompt stays what it is."""
     parameters = json.dumps(tool["function"]["parameters"], ensure_ascii=False)
     instruction = f"Answer with one JSON object that follows this JSON schema:\n{parameters}"
+    if not messages:
+        return []  # which rendering refuses, like every empty prompt
     last = messages[-1]
     if isinstance(last, HumanMessage) and isinstance(last.content, str):
         asked = last.model_copy(update={"content": f"{last.content}\n\n{instruction}"})

@@ -75,7 +75,8 @@ class ToolCalls:
     calls : list of ToolCall
         Calls that could be read.
     invalid : list of InvalidToolCall
-        Calls that were begun but cannot be read, for example because the answer was cut.
+        Calls that were begun but cannot be read, for example because the answer was cut. Their
+        ``args`` are what was written, the mark of a call included.
     """
 
     text: str
@@ -99,7 +100,7 @@ def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
     if "<tool_call>" in text:
         found = ToolCalls(text[: text.index("<tool_call>")].rstrip())
         for match in _TAGGED.finditer(text):
-            _add(list(_json_values(match.group(1))), match.group(1), found)
+            _add(list(_json_values(match.group(1))), match.group().strip(), found)
         return found
     if _MISTRAL in text:
         before, *parts = text.split(_MISTRAL)
@@ -109,27 +110,30 @@ def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
             values = list(_json_values(part[named.end() :] if named else part))
             if named:
                 values = [{"name": named[1], "arguments": value} for value in values[:1]]
-            _add(values, part, found)
+            _add(values, f"{_MISTRAL}{part}", found)
         return found
     bare = text.replace(_PYTHON_TAG, "").strip()
     fence = _FENCE.match(bare)
     bare = fence[1] if fence else bare
     if bare.startswith(("{", "[")):
         found = ToolCalls("")
-        _add(list(_json_values(bare)), bare, found)
+        _add(list(_json_values(bare)), bare if bare.startswith("[") else f"[{bare}]", found)
         if found.calls and all(call["name"] in names for call in found.calls):
             return found
     return ToolCalls(text)
 
 
 def _add(values: Sequence[Any], text: str, found: ToolCalls) -> None:
-    """Add the calls that were read from a text; what is none of them makes the text invalid."""
+    """Add the calls that were read from a text; what is none of them makes the text invalid.
+
+    The text must not begin as an object does: LangChain reads the arguments of streamed calls
+    once more, and completes such a text to the arguments of a valid call.
+    """
     calls = [_call(value) for value in values]
     good = [call for call in calls if call is not None]
     found.calls += good
     if not values or len(good) < len(calls):
-        problem = "This is no JSON object with a name and arguments."
-        found.invalid.append(invalid_tool_call(name=None, args=text, id=_new_id(), error=problem))
+        found.invalid.append(invalid_tool_call(name=None, args=text, id=_new_id(), error=None))
 
 
 def _json_values(text: str) -> Iterator[Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from ape_integrations.core.loading import bundled_model
 from ape_integrations.core.tokens import IncrementalDecoder, Tokens
 from tests.families.tokenizers import TOKENIZERS
 
@@ -82,6 +84,16 @@ def test_text_that_comes_again_is_not_tokenised_again(monkeypatch: pytest.Monkey
     long = "long " * 5000
     assert tokens.literal(long) == tokens.literal(long)
     assert tokenised == ["a known text", "another text", long, long]  # too long to keep
+
+
+@pytest.mark.parametrize("text", ['{"city": "Geneva"}', "Zurich-West (since 1999)", "tea/time.txt"])
+def test_text_of_a_joiner_is_held_back_until_what_it_joins_is_there(text: str) -> None:
+    tokens = Tokens(AutoTokenizer.from_pretrained(bundled_model()))
+    ids, decoder = tokens.rest(text), IncrementalDecoder(tokens)
+    pieces = [decoder.push([token]) for token in ids]
+    pieces.append(decoder.push([], last=True))
+    assert "".join(pieces) == tokens.decode(ids) == text
+    assert sum(map(bool, pieces)) > len(ids) / 2
 
 
 @pytest.mark.parametrize(

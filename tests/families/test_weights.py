@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ape_integrations.core import fingerprint
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generator import APEGenerator
@@ -97,18 +98,18 @@ def test_active_adapter_is_served(title: str) -> None:
 def test_each_state_of_adapters_has_its_own_entries() -> None:
     """Active, switched, both, off and merged: five fingerprints, and back again the first."""
     model = with_adapters()
-    fingerprint = ModelFingerprint(model)
-    seen = [ModelFingerprint(model_of(LLAMA)).digest(), fingerprint.digest()]
+    current = ModelFingerprint(model)
+    seen = [ModelFingerprint(model_of(LLAMA)).digest(), current.digest()]
     model.set_adapter("second")
-    seen.append(fingerprint.digest())
+    seen.append(current.digest())
     model.base_model.set_adapter(["first", "second"])
-    seen.append(fingerprint.digest())
+    seen.append(current.digest())
     with model.disable_adapter():
-        seen.append(fingerprint.digest())
+        seen.append(current.digest())
     model.set_adapter("first")
-    assert fingerprint.digest() == seen[1]
+    assert current.digest() == seen[1]
     model.merge_adapter()
-    seen.append(fingerprint.digest())
+    seen.append(current.digest())
     assert len(set(seen)) == len(seen)
 
 
@@ -126,6 +127,65 @@ def test_switching_an_adapter_never_reads_the_states_of_another() -> None:
     torch.testing.assert_close(
         generator.query_logits(PREFIX, CONTEXTS, QUERY), first, atol=1e-4, rtol=0
     )
+
+
+@needs_peft
+def test_adapter_swapped_in_place_never_reads_the_states_of_another() -> None:
+    """PEFT's hotswapping writes through ``weight.data``, which torch does not count."""
+    model = with_adapters()
+    generator = attached(model)
+    first = generator.query_logits(PREFIX, CONTEXTS, QUERY)
+    for name, weight in model.named_parameters():
+        if ".first." in name:
+            weight.data.copy_(torch.randn_like(weight))
+    second = generator.query_logits(PREFIX, CONTEXTS, QUERY)
+    fresh = attached(model).query_logits(PREFIX, CONTEXTS, QUERY)
+    torch.testing.assert_close(second, fresh, atol=1e-4, rtol=0)
+    assert float((second - first).abs().max()) > 0.1
+
+
+def embedding_rows(model: Any) -> None:
+    model.model.embed_tokens.weight[:3] = 0.5
+
+
+def swapped_rows(model: Any) -> None:
+    weight = model.model.embed_tokens.weight
+    weight[:2] = weight[:2].flip(0)
+
+
+def one_element(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight[3, 5] += 1e-3
+
+
+def last_element(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight[-1, -1] *= 1.001
+
+
+def all_columns_but_one(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight[:, 1:] *= 2
+
+
+def replaced(model: Any) -> None:
+    weight = model.model.norm.weight
+    weight.data = weight.data * 1.1
+
+
+CHANGES = [embedding_rows, swapped_rows, one_element, last_element, all_columns_but_one, replaced]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_weights_is_another_fingerprint(change: Any) -> None:
+    """For the generator that saw the weights before, and for one that comes later."""
+    model = SERVED[LLAMA].build(vocab_size=4096)
+    known = ModelFingerprint(model)
+    before = known.digest()
+    copied = copy.deepcopy(model)
+    assert ModelFingerprint(copied).digest() == before
+    for changed in (model, copied):
+        with torch.no_grad():
+            change(changed)
+    assert known.digest() != before
+    assert ModelFingerprint(copied).digest() == known.digest()
 
 
 @needs_peft
@@ -211,6 +271,22 @@ def test_offloaded_weights_are_part_of_the_fingerprint(tmp_path: Path) -> None:
         digests.append(ModelFingerprint(model).digest())
         assert ModelFingerprint(model).digest() == digests[-1]
     assert digests[0] != digests[1]
+
+
+@needs_accelerate
+def test_offloaded_weights_are_read_for_the_fingerprint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate
+
+    model = SERVED[LLAMA].build()
+    accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    generator, computed = attached(model), []
+    real = fingerprint.model_fingerprint
+    monkeypatch.setattr(fingerprint, "model_fingerprint", lambda m: computed.append(m) or real(m))
+    for _ in range(3):
+        generator.query_logits(PREFIX, CONTEXTS, QUERY)
+    assert len(computed) == 1
 
 
 @pytest.mark.parametrize("scaling", ["dynamic", "longrope"])

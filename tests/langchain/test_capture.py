@@ -6,16 +6,18 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 
-from ape_integrations import APELanguageModel, MemoryKVStore
+from ape_integrations import APELanguageModel, ChatAPE, MemoryKVStore
 from ape_integrations.core.config import APEConfig
+from ape_integrations.core.loading import bundled_model
 from ape_integrations.langchain.capture import capture_hook
 from ape_integrations.langchain.engine import engines
 from tests.langchain.helpers import (
@@ -117,6 +119,63 @@ def test_failing_retriever_raises_and_leaves_nothing_behind() -> None:
     assert not hook._queries
     WordRetriever().invoke(QUESTIONS[0])
     assert not hook._queries
+
+
+def test_model_that_is_named_after_the_retrieval_knows_it() -> None:
+    documents = WordRetriever().invoke(QUESTIONS[0])
+    chat = tiny_chat()
+    assert len(chat.generator.registry) == len(documents)
+
+
+def test_closed_model_keeps_nothing_from_the_others() -> None:
+    closed, open_ = tiny_chat(), tiny_chat()
+    lcel(closed, WordRetriever()).invoke(QUESTIONS[0])
+    closed.generator.close()
+    for chat in (closed, open_):
+        calls = Calls()
+        lcel(chat, WordRetriever()).invoke(QUESTIONS[1], {"callbacks": [calls]})
+        assert calls.total("contexts") == 3
+
+
+def configured(chat: ChatAPE, scales: Sequence[float]) -> list[Any]:
+    """Ask once per scaling factor and return the reports."""
+    calls = Calls()
+    chain = lcel(chat.configurable_fields(scaling_factor=ConfigurableField("S")), WordRetriever())  # type: ignore[arg-type]
+    for scale in scales:
+        chain.invoke(QUESTIONS[0], {"configurable": {"S": scale}, "callbacks": [calls]})
+    return calls.reports
+
+
+def test_configured_copies_know_what_was_retrieved_and_keep_their_engines(tmp_path: Any) -> None:
+    chat = tiny_chat(cache_dir=str(tmp_path))
+    reports = configured(chat, [1.0, 0.8, 1.0, 0.8])
+    assert [report["contexts"] for report in reports] == [3] * 4
+    assert [report["hits"] for report in reports] == [0, 3, 3, 3]
+    gc.collect()
+    mine = [engine for engine in engines() if engine.settings.store == str(tmp_path)]
+    assert sorted(e.settings.config.scaling_factor for e in mine if e.parts) == [0.8, 1.0]
+
+
+def test_engines_that_differ_in_settings_alone_load_a_model_once() -> None:
+    name = str(bundled_model())
+    first, second = (ChatAPE(model=name, scaling_factor=s, store=MemoryKVStore()) for s in (1, 0.8))
+    assert first.generator is not second.generator
+    assert first.generator.model is second.generator.model
+
+
+def test_engines_of_configured_copies_are_not_kept_without_end() -> None:
+    chat = tiny_chat(store=MemoryKVStore())
+    configured(chat, [0.5 + number / 20 for number in range(9)])
+    gc.collect()
+    mine = [engine for engine in engines() if engine.settings.store is chat.store]
+    assert len([engine for engine in mine if engine.parts]) == 4
+
+
+def test_configured_copy_may_name_another_model() -> None:
+    chat = tiny_chat()
+    fields = {name: getattr(chat, name) for name in type(chat).model_fields}
+    assert type(chat)(**fields).generator is chat.generator
+    assert type(chat)(**{**fields, "model": "another"}).loaded is None
 
 
 def test_models_that_nobody_holds_are_forgotten() -> None:

@@ -13,11 +13,21 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
-from ape_integrations import APEConfig, APEGenerator, ChatAPE, MemoryKVStore
+from ape_integrations import (
+    APEConfig,
+    APEGenerator,
+    APELanguageModel,
+    ChatAPE,
+    MemoryKVStore,
+)
 from ape_integrations.core import loading
 from ape_integrations.errors import ConfigError
 from tests.langchain.helpers import (
@@ -171,6 +181,18 @@ def test_arguments_of_a_call_go_before_bound_ones_and_those_before_fields() -> N
         )
     ]
     assert count == [6, 4, 2, 3, 5]
+    limited = tiny_chat(max_tokens=None, model_kwargs={"max_new_tokens": 5})
+    answers = (limited.invoke(HELLO), limited.invoke(HELLO, max_tokens=2))
+    assert [answer.usage_metadata["output_tokens"] for answer in answers] == [5, 2]
+
+
+def test_one_limit_by_two_names_is_refused() -> None:
+    with pytest.raises((ConfigError, ValueError), match="two names for one thing"):
+        ChatAPE(max_tokens=5, model_kwargs={"max_new_tokens": 5})
+    chat = tiny_chat()
+    for arguments in ({"max_new_tokens": 3}, {"model_kwargs": {"max_new_tokens": 3}}):
+        with pytest.raises(ConfigError, match="two names for one thing"):
+            chat.invoke(HELLO, max_tokens=3, **arguments)
 
 
 def test_stop_of_a_call_takes_the_place_of_bound_and_default_stops() -> None:
@@ -205,22 +227,66 @@ def test_model_kwargs_reach_the_generation() -> None:
         ({"top_p": 1.5}, "less than or equal to 1"),
         ({"attention_temperature": 0}, "attention_temperature must lie in"),
         ({"model_kwargs": {"device_map": "cpu"}}, "load_kwargs"),
+        ({"model_kwargs": {"stop": ["x"]}}, "pass stop="),
+        ({"model_kwargs": {"temperature": 1}}, "pass temperature="),
+        ({"model_kwargs": {"top_p": 0.5}}, "pass top_p="),
+        ({"model_kwargs": {"seed": 1}}, "pass seed="),
+        ({"model_kwargs": {"max_tokens": 1}}, "pass max_tokens="),
+        ({"top_k": 20}, "model_kwargs={'top_k'"),
+        ({"repetition_penalty": 1.1}, "model_kwargs={'repetition_penalty'"),
+        ({"do_sample": False}, "model_kwargs={'do_sample'"),
+        ({"logits_processor": []}, "model_kwargs={'logits_processor'"),
+        ({"max_new_tokens": 5}, "max_tokens, or in model_kwargs"),
+        ({"max_contexts": 3}, r"ape_config=APEConfig\(max_contexts"),
+        ({"recompute_ratio": 0.1}, r"ape_config=APEConfig\(recompute_ratio"),
+        ({"device_map": "cpu"}, "load_kwargs={'device_map'"),
+        ({"dtype": "float32"}, "load_kwargs={'dtype'"),
+        ({"namespace": "a"}, r"store=DiskKVStore\(namespace"),
+        ({"store": 5}, "store must be a KVStore.*or a directory, not int"),
+        ({"store": {"a": 1}}, "store must be a KVStore.*or a directory, not dict"),
         ({"store": "a", "cache_dir": "b"}, "two names for one thing"),
         ({"model": "name", "tokenizer": object()}, "goes with a loaded model"),
         ({"ape_config": APEConfig(), "scaling_factor": 0.5}, "say the same thing"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ConfigError, ValueError), match=message):
         ChatAPE(**arguments)
 
 
 def test_loaded_model_needs_its_tokenizer_and_generator_keeps_its_settings() -> None:
-    with pytest.raises(ValueError, match="needs its tokenizer"):
+    with pytest.raises((ConfigError, ValueError), match="needs its tokenizer"):
         ChatAPE(model=loaded_model())
     generator = tiny_chat().generator
-    with pytest.raises(ValueError, match="its own store and APE settings"):
+    with pytest.raises((ConfigError, ValueError), match="its own store and APE settings"):
         ChatAPE(model=generator, scaling_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number of at least 0, not 'hot'"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"max_tokens": "5"}, "max_tokens must be at least 1, and a whole number, not '5'"),
+        ({"max_tokens": 2.5}, "max_tokens must be at least 1, and a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"stop": 3}, "stop must be a string or a list of strings, not 3"),
+        ({"stop": ["x", 3]}, "stop must be a string or a list of strings"),
+        ({"top_p": 2}, "top_p must be a number above 0 and at most 1, not 2"),
+        ({"top_p": 0}, "top_p must be a number above 0 and at most 1, not 0"),
+        ({"seed": "x"}, "seed must be a whole number, not 'x'"),
+        ({"model_kwargs": {"stop": ["x"]}}, "pass stop="),
+        ({"max_contexts": 3}, r"ape_config=APEConfig\(max_contexts"),
+    ],
+)
+def test_wrong_arguments_of_a_call_are_refused_by_name(
+    arguments: dict[str, Any], message: str
+) -> None:
+    chat = tiny_chat()
+    with pytest.raises(ConfigError, match=message):
+        chat.invoke(HELLO, **arguments)
+    with pytest.raises(ConfigError, match=message):
+        list(chat.stream(HELLO, **arguments))
 
 
 def test_unknown_arguments_of_a_call_are_refused() -> None:
@@ -340,6 +406,42 @@ def test_traces_name_provider_and_model() -> None:
     assert params["ls_provider"] == "ape" and params["ls_model_name"] == "llama"
     assert params["ls_stop"] == ["x"] and params["ls_max_tokens"] == 8
     assert ChatAPE()._get_ls_params()["ls_model_name"] == "tiny-reader"
+
+
+@pytest.mark.parametrize("name", ["token", "use_auth_token"])
+@pytest.mark.parametrize("kind", [ChatAPE, APELanguageModel])
+def test_hub_token_is_shown_nowhere_and_reaches_the_loading(
+    kind: type[Any], name: str, saved_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starts(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.seen = ""
+
+        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+            self.seen += repr((args, kwargs))
+
+        def on_llm_start(self, *args: Any, **kwargs: Any) -> None:
+            self.seen += repr((args, kwargs))
+
+    loaded: list[dict[str, Any]] = []
+
+    def load(model: str, **kwargs: Any) -> APEGenerator:
+        loaded.append(kwargs)
+        return APEGenerator(loaded_model(), loaded_tokenizer(), store=MemoryKVStore())
+
+    monkeypatch.setattr(APEGenerator, "from_pretrained", load)
+    made = kind(model=saved_model, load_kwargs={name: "hf_SECRET", "revision": "v1"}, max_tokens=2)
+    starts, runs = Starts(), RunCollectorCallbackHandler()
+    made.invoke("Hello", {"callbacks": [starts, runs]})
+    chain = ChatPromptTemplate([("human", "{question}")]) | made
+    traced = repr([(run.serialized, run.extra) for run in runs.traced_runs])
+    shown = (repr(made), str(made), dumps(made), dumps(chain), starts.seen, traced)
+    assert "v1" in starts.seen and "**********" in repr(made)
+    assert not any("hf_SECRET" in text for text in shown)
+    assert loaded[0][name] == "hf_SECRET"
+    with pytest.raises((ConfigError, ValueError), match="Did you mean temperature") as refused:
+        kind(load_kwargs={name: "hf_SECRET"}, temprature=1)
+    assert "hf_SECRET" not in str(refused.value)
 
 
 # Messages ----------------------------------------------------------------------------------------

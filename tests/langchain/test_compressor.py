@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
+from langchain_core.exceptions import OutputParserException
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from pydantic import BaseModel
 
 from ape_integrations import APEDocumentCompressor, APELanguageModel, ChatAPE, MemoryKVStore
+from ape_integrations.errors import ConfigError
 from tests.langchain.helpers import (
     DOCUMENTS,
     QUESTIONS,
@@ -75,10 +81,21 @@ def test_documents_of_no_retriever_are_found_once_they_passed_through() -> None:
 def test_bound_models_are_taken_for_what_they_bind() -> None:
     chat = tiny_chat()
     assert compressor_of(chat.bind(stop=["x"]).with_config(tags=["a"])).model is chat
+    assert compressor_of(chat.with_structured_output(Answer)).model is chat
+    assert compressor_of(chat.with_structured_output(Answer, include_raw=True)).model is chat
+
+
+def test_documents_are_registered_with_the_bound_model(tmp_path: Path) -> None:
+    loaded_model().save_pretrained(tmp_path)
+    loaded_tokenizer().save_pretrained(tmp_path)
+    bound = tiny_chat(capture=False).bind(model=str(tmp_path))
+    compressor_of(bound).transform_documents(DOCUMENTS[:2])
+    answer = (ANSWER_PROMPT | bound).invoke({"context": format_docs(DOCUMENTS[:2]), "input": "?"})
+    assert answer.response_metadata["ape"]["contexts"] == 2
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be a ChatAPE or an APELanguageModel"):
+    with pytest.raises((ConfigError, ValueError), match="must be a ChatAPE or an APELanguageModel"):
         compressor_of("gpt")
 
 
@@ -116,6 +133,58 @@ def test_first_question_after_warming_finds_everything(
         pipeline(chat, WordRetriever()).invoke(question, {"callbacks": [calls]})
     assert calls.total("misses") == 0
     assert calls.total("hits") == 9
+
+
+class Answer(BaseModel):
+    """An answer."""
+
+    text: str
+
+
+def lookup(name: str) -> str:
+    """Look a name up."""
+    return name
+
+
+INSTRUCTED_PROMPT = ChatPromptTemplate(
+    [("system", "Read these.\n\n{context}\n\nThen answer briefly."), ("human", "{input}")]
+)
+BINDINGS: list[Callable[[ChatAPE], Any]] = [
+    lambda chat: chat.bind_tools([lookup]),
+    lambda chat: chat.bind(stop=["x"]).bind_tools([lookup]).with_config(tags=["a"]),
+    lambda chat: chat.bind_tools([lookup], tool_choice="none"),
+    lambda chat: chat.with_structured_output(Answer),
+    lambda chat: chat.with_structured_output(Answer, include_raw=True),
+    lambda chat: chat.with_structured_output(Answer, method="json_schema"),
+]
+
+
+@pytest.mark.parametrize("tools", [True, False])
+@pytest.mark.parametrize("bind", BINDINGS)
+@pytest.mark.parametrize("prompt", [INSTRUCTED_PROMPT, QUESTION_FIRST_PROMPT])
+def test_warming_heeds_what_is_bound_to_the_model(
+    prompt: Any, bind: Callable[[ChatAPE], Any], tools: bool
+) -> None:
+    if bind in BINDINGS[:2] and not tools:
+        pytest.skip("The template has no place for tools.")
+    chat, calls = tiny_chat(tools=tools), Calls()
+    bound = bind(chat)
+    compressor_of(bound).warm(DOCUMENTS, prompt, show_progress=False)
+    inputs = {"context": WordRetriever() | format_docs, "input": lambda question: question}
+    with contextlib.suppress(OutputParserException):
+        (inputs | prompt | bound).invoke(QUESTIONS[0], {"callbacks": [calls]})
+    assert (calls.total("hits"), calls.total("misses")) == (3, 0)
+
+
+def test_warming_heeds_the_bound_model(tmp_path: Path) -> None:
+    loaded_model().save_pretrained(tmp_path)
+    loaded_tokenizer(tools=True).save_pretrained(tmp_path)
+    chat, calls = tiny_chat(), Calls()
+    bound = chat.bind(model=str(tmp_path)).bind(tools=[lookup])
+    compressor_of(bound).warm(DOCUMENTS, QUESTION_FIRST_PROMPT, show_progress=False)
+    inputs = {"context": WordRetriever() | format_docs, "input": lambda question: question}
+    (inputs | QUESTION_FIRST_PROMPT | bound).invoke(QUESTIONS[0], {"callbacks": [calls]})
+    assert (calls.total("hits"), calls.total("misses")) == (3, 0)
 
 
 def test_warming_again_encodes_nothing() -> None:
@@ -180,11 +249,24 @@ def test_completion_prompt_is_taken_too() -> None:
 
 def test_prompt_without_a_place_for_documents_is_refused() -> None:
     compressor = compressor_of(tiny_chat())
-    with pytest.raises(ValueError, match="document_variable"):
+    with pytest.raises((ConfigError, ValueError), match="document_variable"):
         compressor.warm(DOCUMENTS, ChatPromptTemplate([("human", "{question}")]))
     prompt = ChatPromptTemplate([("system", "{wisdom}"), ("human", "{question}")])
     warmed = compressor.warm(DOCUMENTS, prompt, document_variable="wisdom", show_progress=False)
     assert warmed["misses"] == len(TEXTS)
+
+
+def test_what_cannot_be_warmed_is_refused_with_what_to_pass() -> None:
+    chat: Any = tiny_chat()
+    compressor: Any = compressor_of(chat)
+    with pytest.raises(ConfigError, match=r"pass Document\(page_content="):
+        compressor.warm(list(TEXTS), ANSWER_PROMPT)
+    with pytest.raises(ConfigError, match="pass the prompt alone"):
+        compressor.warm(DOCUMENTS, ANSWER_PROMPT | chat)
+    for given in (None, "context"):
+        prompt = ChatPromptTemplate([("human", "{question}"), MessagesPlaceholder("context")])
+        with pytest.raises(ConfigError, match="pass a prompt that has them in a message"):
+            compressor.warm(DOCUMENTS, prompt, document_variable=given)
 
 
 def test_nothing_to_warm_is_no_error() -> None:

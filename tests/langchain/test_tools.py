@@ -91,7 +91,7 @@ def test_json_that_names_no_tool_is_an_answer() -> None:
 def test_unreadable_call_is_reported_as_such() -> None:
     found = parse_tool_calls('<tool_call>\n{"name": "search", "argum', NAMES)
     assert not found.calls
-    assert found.invalid[0]["args"] == '{"name": "search", "argum'
+    assert found.invalid[0]["args"] == '<tool_call>\n{"name": "search", "argum'
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -125,6 +125,48 @@ def test_streamed_calls_are_those_of_invoke() -> None:
     assert [(c["name"], c["args"]) for c in whole.tool_calls] == [("search", ARGS)]
     message = asyncio.run(chat.ainvoke("Where is Aldor?"))
     assert [c["args"] for c in message.tool_calls] == [ARGS]
+
+
+CUT = '{"name": "search", "arguments": {"query": "Al'
+
+
+@pytest.mark.parametrize(
+    ("answer", "readable"),
+    [
+        (f"<tool_call>\n{CUT}", 0),
+        (f"<tool_call>\n{JSON}\n</tool_call>\n<tool_call>\n{CUT}", 1),
+        ("<tool_call>\n</tool_call>", 0),
+        ('<tool_call>\n{"query": "Aldor"}\n</tool_call>', 0),
+        (f"[TOOL_CALLS][{CUT}", 0),
+        ('[TOOL_CALLS]search[ARGS]{"query": "Al', 0),
+        (f'{JSON}; {{"name": 5}}', 1),
+        (f'[{JSON}, {{"name": 5}}]', 1),
+    ],
+)
+def test_unreadable_calls_are_the_same_streamed_and_not(answer: str, readable: int) -> None:
+    def read(message: Any) -> Any:
+        valid = [(call["name"], call["args"]) for call in message.tool_calls]
+        return valid, [(bad["args"], bad["error"]) for bad in message.invalid_tool_calls]
+
+    async def streamed(chat: Any) -> Any:
+        chunks = [chunk async for chunk in chat.astream("Where is Aldor?")]
+        return sum(chunks[1:], chunks[0])
+
+    chat = saying(answer).bind_tools([search, add])
+    valid, invalid = read(chat.invoke("Where is Aldor?"))
+    assert len(valid) == readable and len(invalid) == 1
+    assert "</s>" not in invalid[0][0]
+    chunks = list(chat.stream("Where is Aldor?"))
+    assert read(sum(chunks[1:], chunks[0])) == (valid, invalid)
+    assert read(asyncio.run(streamed(chat))) == (valid, invalid)
+    inside = saying(answer, streaming=True).bind_tools([search, add])
+    assert read(inside.invoke("Where is Aldor?")) == (valid, invalid)
+
+
+def test_no_token_that_ends_an_answer_is_part_of_a_call() -> None:
+    text = f"<tool_call>\n{CUT}"
+    chat = saying(f"{text}<|im_end|>").bind_tools([search]).bind(eos_token_id=[2, 4])
+    assert [bad["args"] for bad in chat.invoke("Where?").invalid_tool_calls] == [text]
 
 
 def test_text_answer_is_streamed_although_tools_are_bound() -> None:
@@ -169,9 +211,27 @@ def test_tool_choice_must_name_a_tool() -> None:
         tiny_chat(tools=True).bind_tools([search], tool_choice="find")
 
 
-def test_tool_choice_none_shows_no_tools() -> None:
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}])
+def test_tool_choice_none_shows_no_tools(choice: Any) -> None:
     chat = searching_chat()
-    assert not chat.bind_tools([search], tool_choice="none").invoke("Where is Aldor?").tool_calls
+    assert not chat.bind_tools([search], tool_choice=choice).invoke("Where is Aldor?").tool_calls
+    plain: Any = chat.bind_tools([search])
+    assert not plain.invoke("Where is Aldor?", tool_choice=choice).tool_calls
+
+
+@pytest.mark.parametrize(
+    ("choice", "same"),
+    [
+        ({"type": "any"}, "any"),
+        ({"type": "required"}, "any"),
+        ({"type": "auto", "disable_parallel_tool_use": True}, None),
+        ({"type": "tool", "name": "add"}, "add"),
+        ({"type": "function", "function": {"name": "add"}}, "add"),
+    ],
+)
+def test_tool_choice_may_be_a_dict(choice: dict[str, Any], same: str | None) -> None:
+    bound: Any = tiny_chat(tools=True).bind_tools([search, add], tool_choice=choice)
+    assert bound.kwargs.get("tool_choice") == same
 
 
 def test_template_without_a_place_for_tools_says_so() -> None:
@@ -227,6 +287,34 @@ def test_dict_schemas_give_dicts() -> None:
     assert chat.with_structured_output(PersonDict).invoke("Who?") == expected
     schema = Person.model_json_schema()
     assert chat.with_structured_output(schema).invoke("Who?") == expected
+
+
+def test_dicts_are_read_and_not_validated() -> None:
+    chat = saying('{"town": 7}', tools=False)
+    assert chat.with_structured_output(PersonDict).invoke("Who?") == {"town": 7}
+
+
+def test_cut_answer_is_an_error_streamed_and_not() -> None:
+    structured = continuing(' {"name": "Mi').with_structured_output(PersonDict)
+
+    async def streamed() -> list[Any]:
+        return [part async for part in structured.astream("Who?")]
+
+    for read in (
+        lambda: structured.invoke("Who?"),
+        lambda: list(structured.stream("Who?")),
+        lambda: asyncio.run(streamed()),
+    ):
+        with pytest.raises(OutputParserException):
+            read()
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_no_messages_are_refused_with_a_schema_as_without(tools: bool) -> None:
+    chat = tiny_chat(tools=tools)
+    for model in (chat, chat.with_structured_output(Person)):
+        with pytest.raises(ConfigError, match="no messages to render"):
+            model.invoke([])
 
 
 def test_template_with_tools_answers_through_a_call() -> None:
