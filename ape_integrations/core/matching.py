@@ -79,33 +79,44 @@ class _Search:
         self._joined = "\0".join(self._queries)
         self._turns = markup.turns(prompt)
         self._turn_ends = [turn.end for turn in self._turns]
-        starts = {match.end() for match in _CANDIDATE.finditer(prompt)}
-        starts.update(match.end() for match in _BULLET.finditer(prompt))
-        starts.update(markup.token_ends(prompt))
-        self._ahead = sorted(starts)
-        self._neighbours: set[int] = set()  # where a text follows another one in its line
         self._found: list[tuple[int, int]] = []
+        self._follows: int | None = None  # where a text follows the last one in its line
+        self._joined_at = -1
 
     def positions(self) -> Iterator[int]:
-        """Yield where texts may begin, ascending; accepted texts add to them."""
-        while self._ahead:
-            yield heapq.heappop(self._ahead)
+        """Yield where texts may begin, ascending; what lies inside an accepted one is left out."""
+        tokens = iter(self._markup.token_ends(self._prompt))
+        for position in heapq.merge(self._scan(_CANDIDATE), self._scan(_BULLET), tokens):
+            while self._follows is not None and self._follows <= position:
+                yield self._neighbour()
+            yield position
+        while self._follows is not None:
+            yield self._neighbour()
+
+    def _neighbour(self) -> int:
+        assert self._follows is not None
+        self._joined_at, self._follows = self._follows, None
+        return self._joined_at
+
+    def _scan(self, pattern: re.Pattern[str]) -> Iterator[int]:
+        position = 0
+        while match := pattern.search(self._prompt, position):
+            yield match.end()
+            position = max(match.end(), match.start() + 1, self._found[-1][1] if self._found else 0)
 
     def accept(self, start: int, end: int) -> bool:
         """Say whether a registered text counts, and remember it."""
         prompt, long = self._prompt, end - start >= _LONG_TEXT
         word = end - start <= _LONGEST_WORD and not any(map(str.isspace, prompt[start:end]))
         joined = self._follower(_JOINT, end) if long else None
-        begins = start in self._neighbours or _begins(prompt, start, word, long, self._markup)
+        begins = start == self._joined_at or _begins(prompt, start, word, long, self._markup)
         ends = joined is not None or _ends(prompt, end, word, long, self._markup)
         # One that begins inside a sentence ("Here are the facts. ...") is the first of several.
         begins = begins or (long and self._follower(_SEPARATOR, end) is not None)
         if not (begins and ends) or self._is_said(start, end):
             return False
         self._found.append((start, end))
-        if joined is not None:
-            self._neighbours.add(joined)
-            heapq.heappush(self._ahead, joined)
+        self._follows = joined
         return True
 
     def _follower(self, separator: re.Pattern[str], end: int) -> int | None:
@@ -121,6 +132,8 @@ class _Search:
         text = self._prompt[start:end]
         if text in self._joined and _inside_query(self._prompt, start, end, self._queries):
             return True
+        if self._found and not self._prompt[self._found[-1][1] : start].strip():
+            return False  # it stands with the text before it
         earlier = reversed(self._turns[: bisect_right(self._turn_ends, start)])
         # A text may itself hold what looks like a header.
         turn = next((turn for turn in earlier if not self._is_in_text(turn.start)), None)
