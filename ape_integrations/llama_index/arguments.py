@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ape_integrations.errors import ConfigError
@@ -67,3 +68,21 @@ def _check(arguments: Mapping[str, Any]) -> None:
         isinstance(stop, str) or all(isinstance(text, str) for text in stop)
     ):
         raise ConfigError(f"stop must be a string or strings, not {stop!r}.")
+
+
+@contextmanager
+def clear_argument_errors() -> Iterator[None]:
+    """Turn what transformers raises for arguments it cannot use into an error of the package.
+
+    LlamaIndex's synthesizers answer "Empty Response" where an LLM raises a ``ValueError`` or a
+    ``TypeError``.
+
+    Raises
+    ------
+    ConfigError
+        Instead of the two.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"The request failed: {error}") from error

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -34,6 +34,7 @@ from llama_index_instrumentation.event_handlers import BaseEventHandler
 from llama_index_instrumentation.span import BaseSpan
 from llama_index_instrumentation.span_handlers import BaseSpanHandler
 
+from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index.lazy import LazyGenerator
 
 logger = logging.getLogger(__name__)
@@ -41,22 +42,66 @@ logger = logging.getLogger(__name__)
 _listeners: WeakSet[LazyGenerator] = WeakSet()
 _lock = threading.Lock()
 
+#: A retrieved text, or a node that holds one.
+Context = str | BaseNode | NodeWithScore
+
+#: How a node's text may be written. A score of the last stands where texts are the same.
+_MODES = (MetadataMode.NONE, MetadataMode.LLM)
+
 _SYNTHESIS = ("synthesize", "asynthesize")
 _RESPONSE = ("get_response", "aget_response")
 
 
 def node_text(node: BaseNode | NodeWithScore) -> str:
     """Return a node's text as response synthesizers put it into a prompt."""
+    return _content(node, MetadataMode.LLM)
+
+
+def _content(node: BaseNode | NodeWithScore, mode: MetadataMode) -> str:
     inner = node.node if isinstance(node, NodeWithScore) else node
-    return inner.get_content(metadata_mode=MetadataMode.LLM).strip()
+    return inner.get_content(metadata_mode=mode).strip()
 
 
-def node_scores(nodes: Iterable[BaseNode | NodeWithScore]) -> dict[str, float]:
-    """Return the retrieval scores of nodes that have one, by text."""
+def context_list(contexts: Iterable[Context]) -> list[Context]:
+    """Return texts and nodes as a list.
+
+    Raises
+    ------
+    ConfigError
+        Something is neither, or is not in a list.
+    """
+    if isinstance(contexts, Context) or not isinstance(contexts, Iterable):
+        raise ConfigError(f"Pass a list of texts or nodes, not {type(contexts).__name__}.")
+    listed = list(contexts)
+    wrong = [type(context).__name__ for context in listed if not isinstance(context, Context)]
+    if wrong:
+        raise ConfigError(f"Contexts are texts or nodes of LlamaIndex, not {wrong[0]}.")
+    return listed
+
+
+def context_texts(contexts: Iterable[Context]) -> list[str]:
+    """Return texts as they are, and those of nodes with and without their metadata.
+
+    A synthesizer writes a node's metadata before its text. An application's own prompt mostly
+    holds the text alone, from ``node.get_content()`` or ``node.text``.
+    """
+    texts: list[str] = []
+    for context in contexts:
+        if isinstance(context, str):
+            texts.append(context.strip())
+        else:
+            texts += [_content(context, mode) for mode in _MODES]
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def context_scores(contexts: Iterable[Context]) -> dict[str, float]:
+    """Return the retrieval scores of nodes that have one, by each of their texts."""
+    nodes = [context for context in contexts if isinstance(context, NodeWithScore)]
     return {
-        node_text(node): node.score
+        text: node.score
+        for mode in _MODES
         for node in nodes
-        if isinstance(node, NodeWithScore) and node.score is not None
+        if node.score is not None and (text := _content(node, mode))
     }
 
 
@@ -72,17 +117,10 @@ def listen(generator: LazyGenerator) -> None:
             root.add_span_handler(_spans)
 
 
-def _register_nodes(nodes: Sequence[BaseNode | NodeWithScore], query: Any = None) -> None:
-    _register(map(node_text, nodes), query, lambda: node_scores(nodes))
-
-
-def _register(
-    texts: Iterable[str],
-    query: Any = None,
-    scores_of: Callable[[], Mapping[str, float] | None] = lambda: None,
-) -> None:
+def _register(contexts: Iterable[Context], query: Any = None) -> None:
     try:
-        kept, scores = [text for text in texts if text.strip()], scores_of()
+        listed = context_list(contexts)
+        kept, scores = context_texts(listed), context_scores(listed)
         text = query.query_str if isinstance(query, QueryBundle) else query
         with _lock:
             listeners = list(_listeners)
@@ -102,7 +140,7 @@ class _EventCapture(BaseEventHandler):
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
         if isinstance(event, RetrievalEndEvent):
-            _register_nodes(event.nodes, event.str_or_query_bundle)
+            _register(event.nodes, event.str_or_query_bundle)
         elif isinstance(event, RetrievalStartEvent):
             _register((), event.str_or_query_bundle)
         elif isinstance(event, QueryStartEvent):
@@ -129,7 +167,7 @@ class _SpanCapture(BaseSpanHandler[BaseSpan]):
             return
         method, arguments = _method(id_), bound_args.arguments
         if method in _SYNTHESIS:
-            _register_nodes(arguments.get("nodes", ()), arguments.get("query"))
+            _register(arguments.get("nodes", ()), arguments.get("query"))
         elif method in _RESPONSE and _method(parent_span_id) not in (*_SYNTHESIS, *_RESPONSE):
             _register(arguments.get("text_chunks", ()), arguments.get("query_str"))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -30,7 +31,7 @@ from ape_integrations.core.asynchronous import run_generation, stopped_by
 from ape_integrations.core.config import APEConfig
 from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import capture as capturing
-from ape_integrations.llama_index.arguments import generation_arguments
+from ape_integrations.llama_index.arguments import clear_argument_errors, generation_arguments
 from ape_integrations.llama_index.lazy import LazyGenerator, Pipeline, Source
 from ape_integrations.llama_index.messages import TemplateRenderer, with_system_prompt
 from ape_integrations.llama_index.responses import (
@@ -42,11 +43,27 @@ from ape_integrations.llama_index.responses import (
     read,
 )
 from ape_integrations.models import DEMO_MODEL_NAME
+from ape_integrations.store import KVStore
 
 if TYPE_CHECKING:
     from ape_integrations.core.generation import GenerationResult, GenerationStream
     from ape_integrations.core.generator import APEGenerator
-    from ape_integrations.store import KVStore
+
+#: Fields that the generator is made of, or that decide what reaches it.
+_SETTLED = frozenset(
+    {
+        "model_name",
+        "tokenizer_name",
+        "model_kwargs",
+        "tokenizer_kwargs",
+        "device_map",
+        "attention_temperature",
+        "scaling_factor",
+        "ape_config",
+        "cache_dir",
+        "capture",
+    }
+)
 
 
 class APELLM(CustomLLM):
@@ -69,9 +86,10 @@ class APELLM(CustomLLM):
     tokenizer_name : str, optional
         Where the tokenizer comes from, if not from ``model_name``.
     model, tokenizer : optional
-        Loaded objects of transformers.
+        Loaded objects of transformers. A string is taken for a name.
     generator : APEGenerator, optional
-        A loaded generator, to share it; instead of model, store, T and S.
+        A loaded generator, to share it; instead of whatever says how to load one, of store, T
+        and S.
     context_window : int, optional
         Tokens that LlamaIndex packs into one prompt. None: the model's position limit, at least
         LlamaIndex's own default of 3900, as its synthesizers cut nodes to pieces below that. It
@@ -114,7 +132,8 @@ class APELLM(CustomLLM):
     Raises
     ------
     ConfigError
-        T or S out of range, or arguments that exclude each other.
+        T or S out of range, arguments that exclude each other, or a change of what a loaded
+        model cannot follow.
     """
 
     model_name: str | None = Field(default=None, description="Hub name or directory.")
@@ -140,7 +159,7 @@ class APELLM(CustomLLM):
     scaling_factor: float = Field(default=0.9, description="S of APE.")
     ape_config: APEConfig | None = Field(default=None, description="All settings of APE.")
     cache_dir: str | None = Field(default=None, description="Directory of the store.")
-    capture: bool = Field(default=True, frozen=True, description="Learn texts from events.")
+    capture: bool = Field(default=True, description="Learn texts from events.")
 
     _lazy: LazyGenerator = PrivateAttr()
 
@@ -180,15 +199,27 @@ class APELLM(CustomLLM):
             raise ConfigError("store and cache_dir are the same thing: pass one of them.")
         if isinstance(store, (str, Path)):
             store, cache_dir = None, store
+        elif store is not None and not isinstance(store, KVStore):
+            raise ConfigError(
+                "store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a "
+                f"directory, not {type(store).__name__}."
+            )
+        model, model_name = _by_name("model", model, model_name)
+        tokenizer, tokenizer_name = _by_name("tokenizer", tokenizer, tokenizer_name)
         if generator is not None:
             _refuse_besides_generator(
                 model_name=model_name,
                 tokenizer_name=tokenizer_name,
                 model=model,
                 tokenizer=tokenizer,
+                model_kwargs=model_kwargs or None,
+                tokenizer_kwargs=tokenizer_kwargs or None,
+                device_map=None if device_map == "auto" else device_map,
                 store=store,
                 cache_dir=cache_dir,
                 ape_config=ape_config,
+                attention_temperature=attention_temperature,
+                scaling_factor=scaling_factor,
             )
             model, config = generator.model, generator.config
         else:
@@ -257,6 +288,29 @@ class APELLM(CustomLLM):
             del fields["messages_to_prompt"]
         return {**state, "__dict__": fields, "__pydantic_private__": None}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; refuse those that made the generator, which would change nothing."""
+        _refuse_settled({name: value})
+        super().__setattr__(name, value)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy that shares the model.
+
+        Parameters
+        ----------
+        update : mapping, optional
+            Fields to change; those that made the generator cannot.
+        deep : bool
+            Whether fields are copied too. The model never is.
+
+        Raises
+        ------
+        ConfigError
+            An update would change nothing.
+        """
+        _refuse_settled({k: v for k, v in (update or {}).items() if v != getattr(self, k, None)})
+        return super().model_copy(update=update, deep=deep)
+
     @property
     def metadata(self) -> LLMMetadata:
         """Describe the LLM; reads config and tokenizer, but does not load the model."""
@@ -287,7 +341,7 @@ class APELLM(CustomLLM):
 
     def register_contexts(
         self,
-        texts: Iterable[str],
+        texts: Iterable[capturing.Context],
         query: str | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> None:
@@ -295,14 +349,24 @@ class APELLM(CustomLLM):
 
         Parameters
         ----------
-        texts : iterable of str
-            Texts as they will stand in a prompt.
+        texts : iterable of str, BaseNode or NodeWithScore
+            Texts as they will stand in a prompt, or nodes, of which the text is known with and
+            without its metadata.
         query : str, optional
             The query string that they were retrieved for.
         scores : mapping of str to float, optional
-            Their retrieval scores by text, by which ``APEConfig.max_contexts`` chooses.
+            Their retrieval scores by text, by which ``APEConfig.max_contexts`` chooses. None:
+            those of the nodes.
+
+        Raises
+        ------
+        ConfigError
+            An argument is something else.
         """
-        self._lazy.register(texts, query, scores)
+        contexts = capturing.context_list(texts)
+        _check_retrieval(query, scores)
+        scores = capturing.context_scores(contexts) if scores is None else scores
+        self._lazy.register(capturing.context_texts(contexts), query, scores)
 
     def prefetch(self, texts: Sequence[str], pipeline: Pipeline | None = None) -> None:
         """Start loading the model, and texts' states, in the background; returns at once.
@@ -378,14 +442,16 @@ class APELLM(CustomLLM):
     # Generation -----------------------------------------------------------------------------------
 
     def _generate(self, prompt: str, kwargs: dict[str, Any], *criteria: Any) -> GenerationResult:
-        arguments = stopped_by(self._arguments(kwargs), *criteria)
-        parts = self._lazy.split(prompt)
-        return self.generator.generate(parts.prefix, parts.contexts, parts.query, **arguments)
+        with clear_argument_errors():
+            arguments = stopped_by(self._arguments(kwargs), *criteria)
+            parts = self._lazy.split(prompt)
+            return self.generator.generate(parts.prefix, parts.contexts, parts.query, **arguments)
 
     def _open(self, prompt: str, kwargs: dict[str, Any]) -> GenerationStream:
-        arguments = self._arguments(kwargs)
-        parts = self._lazy.split(prompt)
-        return self.generator.stream(parts.prefix, parts.contexts, parts.query, **arguments)
+        with clear_argument_errors():
+            arguments = self._arguments(kwargs)
+            parts = self._lazy.split(prompt)
+            return self.generator.stream(parts.prefix, parts.contexts, parts.query, **arguments)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -491,3 +557,31 @@ def _refuse_besides_generator(**arguments: Any) -> None:
         raise ConfigError(
             f"{', '.join(given)} cannot be combined with generator: the generator has its own."
         )
+
+
+def _by_name(what: str, given: Any, name: str | None) -> tuple[Any, str | None]:
+    """Take a name where an object is expected for what it is."""
+    if not isinstance(given, (str, Path)):
+        return given, name
+    if name is not None:
+        raise ConfigError(f"{what} and {what}_name are both names: pass {what}_name alone.")
+    return None, str(given)
+
+
+def _refuse_settled(changes: Mapping[str, Any]) -> None:
+    settled = [name for name in changes if name in _SETTLED]
+    if settled:
+        raise ConfigError(
+            f"{', '.join(settled)} cannot change once an APELLM is made, because model, store and "
+            "settings are shared by its copies. Make another APELLM."
+        )
+
+
+def _check_retrieval(query: Any, scores: Any) -> None:
+    if query is not None and not isinstance(query, str):
+        raise ConfigError(f"query must be a string, not {type(query).__name__}.")
+    if scores is not None and not (
+        isinstance(scores, Mapping)
+        and all(isinstance(text, str) and isinstance(s, Real) for text, s in scores.items())
+    ):
+        raise ConfigError("scores must be a mapping of texts to numbers.")

@@ -62,13 +62,14 @@ def with_system_prompt(
     messages : sequence of ChatMessage
         The conversation. Its leading system messages become one, with a blank line between.
     system_prompt : str, optional
-        Put first, unless the conversation starts with it already (``LLM.predict`` adds it).
+        Put first, unless the conversation starts with it as lines of its own already
+        (``LLM.predict`` adds it).
     """
     leading = 0
     while leading < len(messages) and messages[leading].role in _SYSTEM:
         leading += 1
     texts = [message_text(message) for message in messages[:leading]]
-    if system_prompt and not (texts and texts[0].startswith(system_prompt)):
+    if system_prompt and not (texts and f"{texts[0]}\n".startswith(f"{system_prompt}\n")):
         texts.insert(0, system_prompt)
     texts = [text for text in texts if text.strip()]
     system = [ChatMessage(role=MessageRole.SYSTEM, content="\n\n".join(texts))] if texts else []

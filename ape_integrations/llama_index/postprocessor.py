@@ -6,7 +6,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from ape_integrations.llama_index.capture import node_scores, node_text
+from ape_integrations.llama_index.capture import node_text
 from ape_integrations.llama_index.lazy import Pipeline
 from ape_integrations.llama_index.llm import APELLM
 
@@ -42,7 +42,7 @@ class APENodePostprocessor(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         texts = [text for text in map(node_text, nodes) if text]
         query = query_bundle.query_str if query_bundle else None
-        self.llm.register_contexts(texts, query, node_scores(nodes))
+        self.llm.register_contexts(nodes, query)
         if texts:
             self.llm.prefetch(texts, self._pipeline)
         return nodes

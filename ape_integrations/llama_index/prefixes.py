@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.prompts import BasePromptTemplate, SelectorPromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptMixin
+from llama_index.core.query_engine import CitationQueryEngine, ToolRetrieverRouterQueryEngine
 
 from ape_integrations.errors import ConfigError
 
@@ -43,7 +45,8 @@ def shared_prefixes(llm: APELLM, prompt: Any = None) -> list[str]:
     Raises
     ------
     ConfigError
-        Something else, or a template without a variable for retrieved text.
+        Something else, a template without a variable for retrieved text, or an engine whose
+        prompts cannot be known before it retrieves.
     """
     if prompt is None:
         prompt = DEFAULT_TEXT_QA_PROMPT_SEL
@@ -67,6 +70,9 @@ def _templates(prompt: Any) -> list[BasePromptTemplate]:
                 "its prompt template, or the prefix as a string."
             )
         prompt = synthesizer([])
+    _refuse_unforeseeable(prompt)
+    if isinstance(prompt, BaseQueryEngine) and (inner := _inner_engines(prompt)):
+        return [template for engine in inner for template in _templates(engine)]
     if isinstance(prompt, PromptMixin):
         prompts = prompt.get_prompts()
         templates = [prompts[name] for name in prompts if name.rpartition(":")[2] in _TEMPLATES]
@@ -78,10 +84,34 @@ def _templates(prompt: Any) -> list[BasePromptTemplate]:
     )
 
 
+def _refuse_unforeseeable(prompt: Any) -> None:
+    if isinstance(prompt, CitationQueryEngine):
+        raise ConfigError(
+            "A CitationQueryEngine cuts nodes anew and writes 'Source 1:' and so on into them, by "
+            "their rank for a question: its texts cannot be encoded before they are retrieved. "
+            "They are kept once a question was asked."
+        )
+    if isinstance(prompt, ToolRetrieverRouterQueryEngine):
+        raise ConfigError(
+            "A ToolRetrieverRouterQueryEngine retrieves its engines for each question: pass a "
+            "list of the engines that it may find."
+        )
+
+
+def _inner_engines(engine: BaseQueryEngine) -> list[Any]:
+    """Return the engines that an engine passes questions on to: their prompts hold the nodes."""
+    # No public name leads to them.
+    many, one = getattr(engine, "_query_engines", ()), getattr(engine, "_query_engine", None)
+    engines = [*(many.values() if isinstance(many, Mapping) else many), one]
+    return [inner for inner in engines if isinstance(inner, BaseQueryEngine)]
+
+
 def _prefix(llm: APELLM, template: BasePromptTemplate) -> str:
     if isinstance(template, SelectorPromptTemplate):
         template = template.select(llm)
-    names = [name for name in template.template_vars if name not in template.kwargs]
+    mapped = {own: given for given, own in (template.template_var_mappings or {}).items()}
+    names = [mapped.get(n, n) for n in template.template_vars if n not in template.kwargs]
+    names = [name for name in names if name not in template.kwargs]
     if not any(name in _CONTEXT_VARIABLES for name in names):
         raise ConfigError(
             f"The prompt has no variable for retrieved text (it has: {', '.join(names) or 'none'}"

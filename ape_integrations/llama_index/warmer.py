@@ -35,15 +35,17 @@ class APECacheWarmer(TransformComponent):
         The prompt that will hold them: a prompt template, a query engine, a response synthesizer,
         a chat engine, the text before the first node as a string, or a sequence of these (each
         further prefix costs the same time and space again). None: LlamaIndex's default
-        question-answering prompt. Of an engine, the prompts that it asks first are taken; to warm
-        a refine prompt as well, name its template.
+        question-answering prompt. Of an engine, the prompts that it asks first are taken, or those
+        of the engines that it passes questions on to; to warm a refine prompt as well, name its
+        template.
     show_progress : bool
         Show a progress bar.
 
     Raises
     ------
     ConfigError
-        When it runs: the prompt cannot be read, or has no variable for retrieved text.
+        When it runs: the prompt cannot be read, has no variable for retrieved text, or comes from
+        an engine whose texts nobody knows before they are retrieved (``CitationQueryEngine``).
     """
 
     llm: SerializeAsAny[APELLM] = Field(description="The LLM that will read the nodes.")

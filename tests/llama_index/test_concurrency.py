@@ -214,6 +214,30 @@ async def test_closed_async_stream_stops_the_model(llm: APELLM) -> None:
         assert time.monotonic() < deadline, f"still running: {alive}"
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_stream_that_is_left_early_leaves_no_error_at_the_end_of_the_loop(
+    chat: bool, llm: APELLM
+) -> None:
+    errors: list[Any] = []
+
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: errors.append(context))
+        asked = [user(prompt(0))] if chat else prompt(0)
+        stream = await (llm.astream_chat if chat else llm.astream_complete)(
+            asked,  # type: ignore[arg-type]
+            max_new_tokens=LONG,
+        )
+        async for _ in stream:
+            break
+
+    for _ in range(3):
+        before = set(threading.enumerate())
+        asyncio.run(leave())
+        wait_for_end_of(set(threading.enumerate()) - before)
+    assert errors == []
+
+
 async def test_many_coroutines_get_their_own_answers(llm: APELLM) -> None:
     llm.register_contexts(TEXTS)
     prompts = [prompt(i) for i in range(len(TEXTS))]

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import TextNode
 from transformers import T5Config, T5ForConditionalGeneration
 
+from ape_integrations.core.config import APEConfig
 from ape_integrations.errors import (
     APEError,
     ConfigError,
@@ -20,8 +23,14 @@ from ape_integrations.errors import (
 )
 from ape_integrations.llama_index import APELLM
 from ape_integrations.llama_index.arguments import generation_arguments
-from tests.llama_index.conftest import TEXTS, entries
+from ape_integrations.store import MemoryKVStore
+from tests.llama_index.conftest import TEXTS, FixedRetriever, entries, make_nodes
 from tests.models import tiny_model
+
+TINY_T5 = T5Config(
+    vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+    decoder_start_token_id=0,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -47,11 +56,7 @@ def test_directory_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_encoder_decoder_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    config = T5Config(
-        vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    T5ForConditionalGeneration(TINY_T5).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     llm = APELLM(model_name=str(tmp_path / "t5"), cache_dir=tmp_path / "cache")
     with pytest.raises(UnsupportedModelError, match="decoder-only"):
@@ -107,8 +112,91 @@ def test_model_without_a_tokenizer_is_refused() -> None:
 )
 def test_bad_arguments_of_a_call_are_refused(llm: APELLM, arguments: dict[str, Any]) -> None:
     llm.register_contexts(TEXTS)
-    with pytest.raises(ValueError, match=next(iter(arguments))):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
         llm.complete(f"Context:\n{TEXTS[0]}\n\nQuestion?", **arguments)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "accumulate"])
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"generate_kwargs": {"temperature": -1}}, ConfigError),
+        ({"generate_kwargs": {"num_return_sequences": 2}}, ConfigError),
+        ({"generate_kwargs": {"past_key_values": object()}}, ConfigError),
+        ({"model": tiny_model(), "context_window": 4000}, ContextWindowError),
+        ({"model": T5ForConditionalGeneration(TINY_T5)}, UnsupportedModelError),
+    ],
+    ids=["temperature", "sequences", "owned", "length", "T5"],
+)
+def test_errors_reach_whoever_asks_an_engine(
+    changes: dict[str, Any],
+    error: type[Exception],
+    mode: str,
+    streaming: bool,
+    make_llm: Callable[..., APELLM],
+) -> None:
+    """A ``ValueError`` would become the answer "Empty Response" in refine.py of LlamaIndex."""
+    streaming = streaming and mode != "accumulate"
+    nodes = [TextNode(text=f"{TEXTS[0]} {'And so on. ' * 60}")]
+    engine = RetrieverQueryEngine.from_args(
+        FixedRetriever(nodes, [0]), llm=make_llm(**changes), response_mode=mode, streaming=streaming
+    )
+    with pytest.raises(error):
+        str(engine.query("Where is the lamp?"))
+
+
+@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize"])
+def test_misspelt_argument_reaches_whoever_asks_an_engine(
+    mode: str, make_llm: Callable[..., APELLM]
+) -> None:
+    llm = make_llm(generate_kwargs={"max_token": 3})
+    engine = RetrieverQueryEngine.from_args(
+        FixedRetriever(make_nodes()), llm=llm, response_mode=mode
+    )
+    with pytest.raises(ConfigError, match="max_token"):
+        engine.query("Where is the lamp?")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_temperature": 0.5},
+        {"scaling_factor": 0.5},
+        {"model_kwargs": {"dtype": "bfloat16"}},
+        {"tokenizer_kwargs": {"use_fast": False}},
+        {"device_map": "cpu"},
+        {"ape_config": APEConfig()},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_a_generator_has_already_is_refused(arguments: dict[str, Any], llm: APELLM) -> None:
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        APELLM(generator=llm.generator, **arguments)
+
+
+@pytest.mark.parametrize("name", ["attention_temperature", "scaling_factor"])
+def test_settings_cannot_change_where_that_would_change_nothing(name: str, llm: APELLM) -> None:
+    with pytest.raises(ConfigError, match=name):
+        setattr(llm, name, 0.5)
+    with pytest.raises(ConfigError, match=name):
+        llm.model_copy(update={name: 0.5})
+    copied = llm.model_copy(update={name: 0.9, "max_new_tokens": 2})
+    assert (copied.max_new_tokens, copied.generator) == (2, llm.generator)
+
+
+def test_name_is_taken_for_a_name(model_dir: Path) -> None:
+    llm = APELLM(model=str(model_dir), tokenizer=model_dir, store=MemoryKVStore())
+    assert llm.metadata.model_name == llm.tokenizer_name == str(model_dir)
+    assert llm.complete("?", max_new_tokens=1).text is not None
+    for name in ("model", "tokenizer"):
+        with pytest.raises(ConfigError, match=f"{name}_name alone"):
+            APELLM(**{name: "one", f"{name}_name": "another"})
+
+
+def test_what_is_no_store_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="must be a KVStore"):
+        APELLM(store=5)
 
 
 def test_empty_conversation_is_refused(llm: APELLM) -> None:

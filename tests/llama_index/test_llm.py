@@ -188,6 +188,15 @@ def test_system_prompt_is_said_once(make_llm: Callable[..., APELLM]) -> None:
         assert rendered.startswith("<|im_start|>system\nBe brief.")
 
 
+@pytest.mark.parametrize("said", ["Be brief.ly rude.", "Be brief. Or not."])
+def test_system_prompt_is_not_lost_in_a_message_that_begins_alike(
+    said: str, make_llm: Callable[..., APELLM]
+) -> None:
+    llm = make_llm(system_prompt="Be brief.")
+    rendered = llm.render_messages([ChatMessage(role="system", content=said), user("Hi")])
+    assert rendered.startswith(f"<|im_start|>system\nBe brief.\n\n{said}")
+
+
 def test_own_message_renderer_is_used(make_llm: Callable[..., APELLM]) -> None:
     llm = make_llm(messages_to_prompt=lambda messages: f"{len(messages)} messages")
     assert llm.render_messages([user("a"), user("b")]) == "2 messages"

@@ -10,19 +10,47 @@ from typing import Any
 
 import pytest
 from llama_index.core import Document, VectorStoreIndex
+from llama_index.core.base.base_selector import BaseSelector, SelectorResult, SingleSelection
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.indices.query.query_transform import StepDecomposeQueryTransform
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
-from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate, RichPromptTemplate
+from llama_index.core.query_engine import (
+    CitationQueryEngine,
+    MultiStepQueryEngine,
+    RetrieverQueryEngine,
+    RouterQueryEngine,
+    ToolRetrieverRouterQueryEngine,
+)
 from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.tools import QueryEngineTool
 
 from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import APELLM, APECacheWarmer
 from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, entries, make_nodes, user
 
 QUESTION = "Where is the lamp?"
+
+
+class _Choice(BaseSelector):
+    """Always selects the same engine."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def _select(self, choices: Any, query: Any) -> SelectorResult:
+        return SelectorResult(selections=[SingleSelection(index=self.index, reason="")])
+
+    async def _aselect(self, choices: Any, query: Any) -> SelectorResult:
+        return self._select(choices, query)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: Any) -> None:
+        return None
 
 
 def engine_for(llm: APELLM, nodes: Any, **kwargs: Any) -> RetrieverQueryEngine:
@@ -55,7 +83,22 @@ TEMPLATE = PromptTemplate("Read this:\n{context_str}\nand answer {query_str}")
 CHAT = ChatPromptTemplate.from_messages([user("Read:\n{context_str}"), user("{query_str}")])
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, CHAT], ids=["text", "chat"])
+MAPPING = {"context_str": "texts", "query_str": "ask"}
+MAPPED = PromptTemplate("Read this:\n{texts}\nand answer {ask}", template_var_mappings=MAPPING)
+RICH = RichPromptTemplate(
+    "{% chat role='user' %}Read:\n{{ texts }}\nand answer {{ ask }}{% endchat %}",
+    template_var_mappings=MAPPING,
+)
+PARTLY = PromptTemplate(
+    "{role}\nRead this:\n{texts}\nand answer {ask}", template_var_mappings=MAPPING, role="Be kind."
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [TEMPLATE, CHAT, MAPPED, RICH, PARTLY],
+    ids=["text", "chat", "mapped", "rich", "partly"],
+)
 def test_prompt_template_tells_the_prefix(template: Any, llm: APELLM, calls: Calls) -> None:
     nodes = make_nodes()
     APECacheWarmer(llm=llm, prompt=template, show_progress=False)(nodes)
@@ -89,6 +132,41 @@ def test_chat_engine_tells_the_prefix(engine_class: Any, llm: APELLM, calls: Cal
     APECacheWarmer(llm=llm, prompt=engine, show_progress=False)(nodes)
     engine.chat(QUESTION)
     assert (calls.reports[0]["hits"], calls.reports[0]["misses"]) == (3, 0)
+
+
+def test_router_engine_tells_the_prefixes_of_its_engines(llm: APELLM, calls: Calls) -> None:
+    nodes = make_nodes()
+    engines = [engine_for(llm, nodes), engine_for(llm, nodes, text_qa_template=TEMPLATE)]
+    for chosen in range(2):
+        router = RouterQueryEngine(
+            _Choice(chosen), [QueryEngineTool.from_defaults(engine) for engine in engines], llm=llm
+        )
+        APECacheWarmer(llm=llm, prompt=router, show_progress=False)(nodes)
+        router.query(QUESTION)
+    assert [(report["hits"], report["misses"]) for report in calls.reports] == [(3, 0)] * 2
+    assert entries(llm) == 2 * (len(TEXTS) + 1)
+
+
+def test_wrapped_engine_tells_the_prefix(llm: APELLM, calls: Calls) -> None:
+    nodes = make_nodes()
+    inner = engine_for(llm, nodes, text_qa_template=TEMPLATE)
+    joining = get_response_synthesizer(llm=llm)
+    engine = MultiStepQueryEngine(inner, StepDecomposeQueryTransform(llm=llm), joining)
+    APECacheWarmer(llm=llm, prompt=engine, show_progress=False)(nodes)
+    inner.query(QUESTION)
+    assert (calls.reports[0]["hits"], calls.reports[0]["misses"]) == (3, 0)
+    assert entries(llm) == len(TEXTS) + 1
+
+
+def test_engines_whose_prompts_nobody_can_foresee_are_refused(llm: APELLM) -> None:
+    retriever = FixedRetriever(make_nodes())
+    citing = CitationQueryEngine(retriever, llm=llm)
+    router = RouterQueryEngine(_Choice(0), [QueryEngineTool.from_defaults(citing)], llm=llm)
+    searching = ToolRetrieverRouterQueryEngine(retriever, llm=llm)  # type: ignore[arg-type]
+    for engine, message in ((citing, "rank"), (router, "rank"), (searching, "pass a list")):
+        with pytest.raises(ConfigError, match=message):
+            APECacheWarmer(llm=llm, prompt=engine, show_progress=False)(make_nodes())
+    assert entries(llm) == 0
 
 
 def test_prefix_can_be_given(llm: APELLM, calls: Calls) -> None:
