@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextvars import copy_context
 from typing import Any, TypeVar
 
 from transformers import StoppingCriteria
 
-from ape_integrations.core.generation import Cancellation, GenerationStream
+from ape_integrations.core.generation import Cancellation, GenerationStream, listed
 from ape_integrations.core.threads import PassingExecutor, release_openmp_team
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def stopped_by(generation_kwargs: dict[str, Any], *criteria: StoppingCriteria) -
     """Return arguments for the generator with more stopping criteria."""
     if not criteria:
         return generation_kwargs
-    given = generation_kwargs.get("stopping_criteria") or []
+    given = listed("stopping_criteria", generation_kwargs.get("stopping_criteria"))
     return {**generation_kwargs, "stopping_criteria": [*given, *criteria]}
 
 
@@ -49,37 +49,59 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
         raise
 
 
-async def iterate(stream: GenerationStream) -> AsyncGenerator[str, None]:
-    """Yield the pieces of a stream; leaving early closes it."""
-    release_openmp_team()
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[Any] = asyncio.Queue()
+def iterate(stream: GenerationStream) -> Pieces:
+    """Return the pieces of a stream; close them, by ``aclosing``, and the stream is closed."""
+    return Pieces(stream)
 
-    def send(item: object) -> None:
+
+class Pieces(AsyncIterator[str]):
+    """The pieces of a stream, read without blocking the event loop.
+
+    Not an asynchronous generator: a loop that ends closes all of those at once, and one that is
+    read by another would be closed from two sides.
+
+    Parameters
+    ----------
+    stream : GenerationStream
+        Starts to be read at once.
+    """
+
+    def __init__(self, stream: GenerationStream) -> None:
+        release_openmp_team()
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Any] = asyncio.Queue()
+        self._finished = False
+        threading.Thread(target=self._pump, name="ape-stream", daemon=True).start()
+
+    def _send(self, item: object) -> None:
         try:
-            loop.call_soon_threadsafe(pieces.put_nowait, item)
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
         except RuntimeError:  # the loop is closed: nobody listens any more
-            stream.close()
+            self._stream.close()
 
-    def pump() -> None:
+    def _pump(self) -> None:
         try:
-            for piece in stream:
-                send(piece)
+            for piece in self._stream:
+                self._send(piece)
         except BaseException as error:
-            send(error)
+            self._send(error)
         else:
-            send(_END)
+            self._send(_END)
 
-    threading.Thread(target=pump, name="ape-stream", daemon=True).start()
-    finished = False
-    try:
-        while (item := await pieces.get()) is not _END:
-            if isinstance(item, BaseException):
-                finished = True
-                raise item
-            yield item
-        finished = True
-    finally:
-        if not finished:
+    async def __anext__(self) -> str:
+        """Return the next piece, without blocking the event loop."""
+        if self._finished:
+            raise StopAsyncIteration
+        item = await self._pieces.get()
+        if isinstance(item, str):
+            return item
+        self._finished = True
+        raise StopAsyncIteration if item is _END else item
+
+    async def aclose(self) -> None:
+        """Stop the model, unless it has come to its end."""
+        if not self._finished:
+            self._finished = True
             # Handed over at once, so that it happens even if this task is cancelled again.
-            await asyncio.shield(loop.run_in_executor(None, stream.close))
+            await asyncio.shield(self._loop.run_in_executor(None, self._stream.close))

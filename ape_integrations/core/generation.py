@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -13,18 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from ape_integrations.core.threads import release_openmp_team
 from ape_integrations.core.tokens import IncrementalDecoder, Tokens
+from ape_integrations.errors import ConfigError
 
 
 @dataclass
@@ -114,6 +119,23 @@ class TextAssembler:
             if any(text.startswith(self._held[-size:]) for text in self._stop):
                 return size
         return 0
+
+
+def listed(name: str, given: Any) -> list[Any]:
+    """Return logits processors or stopping criteria as a list; one alone is a list of one.
+
+    Raises
+    ------
+    ConfigError
+        They are something else.
+    """
+    if given is None:
+        return []
+    # A list of them can be called itself.
+    items = list(given) if isinstance(given, Iterable) else [given]
+    if not all(map(callable, items)):
+        raise ConfigError(f"{name} must be a list of what can be called, not {given!r}.")
+    return items
 
 
 class Cancellation(StoppingCriteria):
@@ -232,40 +254,93 @@ class TokenSink(StoppingCriteria):
             self._on_text(text)
 
 
+#: Settings that only sampling has, in the order in which transformers applies them.
+SAMPLING = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+
+
+def warpers(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> LogitsProcessorList:
+    """Return what transformers narrows the choice of tokens with before it samples.
+
+    Parameters
+    ----------
+    settings : mapping
+        Values of :data:`SAMPLING`; None switches one off.
+    device : torch.device or str
+        Where the scores are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A value is out of range.
+    """
+    temperature, top_h, top_k, top_p, min_p, typical_p, epsilon, eta = map(settings.get, SAMPLING)
+    chosen: list[LogitsProcessor] = []
+    if temperature is not None and temperature != 1.0:
+        chosen.append(TemperatureLogitsWarper(temperature))
+    if top_h is not None:
+        chosen.append(TopHLogitsWarper(top_h))
+    if top_k is not None and top_k != 0:
+        chosen.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1.0:
+        chosen.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        chosen.append(MinPLogitsWarper(min_p))
+    if typical_p is not None and typical_p < 1.0:
+        chosen.append(TypicalLogitsWarper(typical_p))
+    if epsilon is not None and 0.0 < epsilon < 1.0:
+        chosen.append(EpsilonLogitsWarper(epsilon))
+    if eta is not None and 0.0 < eta < 1.0:
+        chosen.append(EtaLogitsWarper(eta, device=str(device)))
+    return LogitsProcessorList(chosen)
+
+
 class SeededSampler(LogitsProcessor):
     """Samples with a random generator of its own, so that threads do not disturb each other.
 
     Runs under greedy decoding: it draws a token itself and leaves only that one possible.
+
+    Parameters
+    ----------
+    seed : int
+        Of the random generator.
+    settings : mapping
+        Values of :data:`SAMPLING`.
+    watermarking : optional
+        Watermarking config of transformers; the mark is put on what the draw chooses from.
     """
 
     def __init__(
-        self,
-        seed: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        self, seed: int, settings: Mapping[str, Any], watermarking: Any | None = None
     ) -> None:
         self._seed = seed
+        self._settings = settings
+        self._watermarking = watermarking
         self._generator: torch.Generator | None = None
-        self._warpers = LogitsProcessorList()
-        if temperature != 1.0:
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            self._warpers.append(TopKLogitsWarper(top_k))
-        if top_p is not None and top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(top_p))
-        if min_p is not None:
-            self._warpers.append(MinPLogitsWarper(min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores in which one token per row is possible."""
         if self._generator is None:
-            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+            self._prepare(scores)
         warped: Any = self._warpers(input_ids, scores)  # type: ignore[arg-type]
         probabilities = warped.softmax(dim=-1)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def _prepare(self, scores: Tensor) -> None:
+        self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        self._warpers = warpers(self._settings, scores.device)
+        if self._watermarking is not None:
+            mark = self._watermarking.construct_processor(scores.shape[-1], scores.device)
+            self._warpers.append(mark)
 
 
 class RowSamplers(LogitsProcessor):
@@ -334,9 +409,9 @@ class GenerationStream(Iterator[str]):
         if self._finished:
             raise StopIteration
         if not self._started:
-            self._started = True
             release_openmp_team()
             self._thread.start()
+            self._started = True
         item = self._queue.get()
         if isinstance(item, str):
             return item

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from ape_integrations.core.adaptation import adapted
@@ -42,7 +43,12 @@ from ape_integrations.core.generation import (
     TokenSink,
 )
 from ape_integrations.core.loading import clear_loading_errors, place_of
-from ape_integrations.core.model import attach, check_supported, unchanged_on_failure
+from ape_integrations.core.model import (
+    attach,
+    check_supported,
+    embeddings,
+    unchanged_on_failure,
+)
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.products import fast_products, prepare_linears
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
@@ -105,6 +111,8 @@ class APEGenerator:
     ) -> None:
         check_supported(model)
         self.config = config or APEConfig()
+        self._dtype = embeddings(model).dtype
+        _check_dtype(model, self._dtype)
         with unchanged_on_failure(model):
             self.model = model.eval()
             self.info = attach(model)
@@ -239,7 +247,13 @@ class APEGenerator:
         ------
         APECache
             Its memory is lent until the exit; do not keep it longer.
+
+        Raises
+        ------
+        ConfigError
+            The model computes in another dtype than when the generator was made.
         """
+        _check_dtype(self.model, self._dtype)
         figures = figures or Figures()
         self._note_prefix(prompt.prefix)
         prefix = self._source.prefix(prompt.prefix, figures)
@@ -341,6 +355,7 @@ class APEGenerator:
         dict
             ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now).
         """
+        _check_dtype(self.model, self._dtype)
         figures = Figures()
         ids = self._preparer.context_ids(contexts)
         self._source.ensure(self._preparer.prefix_ids(prefix), ids, figures, show_progress)
@@ -523,7 +538,8 @@ class APEGenerator:
         on_sink: Callable[[TokenSink], None] | None = None,
     ) -> list[GenerationResult]:
         """Generate for requests that differ in queries, stop strings and seeds alone."""
-        if self.config.prefill == "plain" and len(requests) > 1:
+        alone = self.config.prefill == "plain" or requests[0].settings.alone
+        if alone and len(requests) > 1:
             return [self._run([request])[0] for request in requests]
         began = time.perf_counter()
         settings, figures = requests[0].settings, requests[0].figures
@@ -597,8 +613,10 @@ class APEGenerator:
         if samplers := [own for request in requests if (own := request.settings.sampler)]:
             given = kwargs.get("logits_processor") or []
             kwargs["logits_processor"] = LogitsProcessorList([*given, RowSamplers(samplers)])
-        if settings.stop and not settings.single:
-            kwargs.update(stop_strings=settings.stop, tokenizer=self.tokenizer)
+        strings = [*settings.stop_strings, *([] if settings.single else settings.stop)]
+        if strings:
+            tokenizer = kwargs.pop("tokenizer", None) or self.tokenizer
+            criteria = [*criteria, StopStringCriteria(tokenizer, strings)]
         rows = [
             Row(TextAssembler(self.tokens, own.stop), cancellations=own.cancellations)
             for own in (request.settings for request in requests)
@@ -768,6 +786,26 @@ def _result(
             "total": time.perf_counter() - figures.start,
         },
     )
+
+
+def _check_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse a model that computes states of another dtype than the one it was attached with."""
+    weight = embeddings(model)
+    if weight.dtype != dtype:
+        raise ConfigError(
+            f"The model is in {weight.dtype} now, and was in {dtype} when its generator was made. "
+            "Make a new generator after a change of dtype."
+        )
+    kind = weight.device.type
+    if (
+        kind != "meta"
+        and torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) != dtype
+    ):
+        raise ConfigError(
+            f"torch.autocast would mix {torch.get_autocast_dtype(kind)} into states of {dtype}. "
+            "Leave the autocast block, and load the model in the dtype that it should compute in."
+        )
 
 
 def _load_model(name: str, kwargs: dict[str, Any]) -> Any:

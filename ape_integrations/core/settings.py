@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ape_integrations.core.generation import Cancellation, SeededSampler
+from ape_integrations.core.generation import (
+    SAMPLING,
+    Cancellation,
+    SeededSampler,
+    listed,
+    warpers,
+)
 from ape_integrations.errors import ConfigError
 
 #: Arguments of ``model.generate()`` that describe the prompt, which the generator owns.
@@ -24,6 +31,39 @@ _OWNED = (
     "return_dict_in_generate",
 )
 
+#: Lengths that count the prompt, and what to use instead.
+_LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+
+#: What every generation has, whatever the model's own generation config says.
+_ALWAYS = {
+    "use_cache": True,
+    "cache_implementation": None,
+    "return_dict_in_generate": False,
+    "num_return_sequences": 1,
+    "token_healing": None,
+}
+
+#: Settings that count the tokens of a sequence, or look at several in a row, those of the prompt
+#: and its padding included; and ways to decode that transformers has for one sequence alone.
+_ALONE = (
+    "min_length",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "watermarking_config",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "streamer",
+)
+
+#: The fields of a generation config.
+_FIELDS = {name for name in vars(GenerationConfig()) if name[0] != "_"} - {"transformers_version"}
+
+#: What ``model.generate()`` falls back to where neither caller nor model say anything.
+_FALLBACK: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+
 
 class GenerationSettings:
     """The settings of one generation.
@@ -31,7 +71,8 @@ class GenerationSettings:
     Parameters
     ----------
     kwargs : dict
-        What the caller passed: arguments of ``model.generate()``, ``stop`` and ``seed``.
+        What the caller passed: arguments of ``model.generate()``, ``stop`` and ``seed``. What a
+        ``generation_config`` among them leaves open is as the model's own says.
     defaults : GenerationConfig
         The model's own.
     max_new_tokens : int
@@ -43,8 +84,12 @@ class GenerationSettings:
         Tokens to generate at most.
     stop : list of str
         Strings to stop before.
+    stop_strings : list of str
+        Strings to stop behind.
     single : bool
         One sequence is generated token by token, as opposed to beams.
+    alone : bool
+        Only one sequence can be generated at a time: padding would change what comes out.
     sampler : SeededSampler or None
         Chooses the tokens where a seed was given.
     cancellations : list of Cancellation
@@ -61,24 +106,35 @@ class GenerationSettings:
     def __init__(
         self, kwargs: dict[str, Any], defaults: GenerationConfig, max_new_tokens: int
     ) -> None:
-        _refuse(kwargs)
-        self.kwargs = dict(kwargs)
-        self._config = kwargs.get("generation_config") or defaults
-        self.stop = _strings(self.kwargs.pop("stop", None))
-        self.single = (self._value("num_beams") or 1) == 1
+        self._defaults = defaults
+        self.kwargs = _by_name(kwargs, defaults)
+        _refuse(self.kwargs)
+        self.kwargs.update(_overruled(defaults))
+        self.stop = _strings("stop", self.kwargs.pop("stop", None))
+        self.stop_strings = _strings("stop_strings", self._value("stop_strings"))
+        if self.stop_strings:
+            self.kwargs["stop_strings"] = None
+        self.single = self._whole("num_beams", 1) == 1
         self.max_new_tokens = self._whole("max_new_tokens", max_new_tokens)
         self.kwargs["max_new_tokens"] = self.max_new_tokens
+        self.alone = bool(self.stop_strings) or any(self._value(name) for name in _ALONE)
+        self._check_temperature()
         self.sampler = self._take_seed()
-        criteria = list(self.kwargs.pop("stopping_criteria", None) or [])
+        criteria = listed("stopping_criteria", self.kwargs.pop("stopping_criteria", None))
         self.cancellations = [c for c in criteria if isinstance(c, Cancellation)]
         if others := [c for c in criteria if not isinstance(c, Cancellation)]:
             self.kwargs["stopping_criteria"] = others
+        if processors := listed("logits_processor", self.kwargs.pop("logits_processor", None)):
+            self.kwargs["logits_processor"] = processors
         if self._value("pad_token_id") is None:
             # Padding never happens, but transformers warns where no token is named.
             self.kwargs["pad_token_id"] = next(iter(self.end_tokens), 0)
 
     def _value(self, name: str) -> Any:
-        return self.kwargs.get(name, getattr(self._config, name, None))
+        if name in self.kwargs:
+            return self.kwargs[name]
+        value = getattr(self._defaults, name, None)
+        return _FALLBACK.get(name) if value is None else value
 
     def _whole(self, name: str, default: int) -> int:
         value = self._value(name)
@@ -106,30 +162,88 @@ class GenerationSettings:
         Stop strings, seeds and cancellations are kept apart by sequence. Whatever may look at a
         sequence as a whole, padding included, or hold a state of its own, runs alone.
         """
-        if not self.draftable or self._value("no_repeat_ngram_size"):
+        if not self.draftable or self.alone:
             return None
         try:
-            return tuple(sorted((name, _frozen(value)) for name, value in self.kwargs.items()))
+            named = sorted((name, _frozen(value)) for name, value in self.kwargs.items())
         except TypeError:
             return None
+        return self.sampler is not None, *named
 
     @property
     def end_tokens(self) -> list[int]:
         """Ids that end a sequence."""
         return _as_list(self._value("eos_token_id"))
 
+    def _check_temperature(self) -> None:
+        """Refuse a temperature that is none; 0 is greedy decoding, whatever else is set."""
+        temperature = self._value("temperature")
+        if temperature is None:
+            return
+        if not _is(temperature, Real) or not temperature >= 0:
+            raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
+        if temperature == 0:
+            self._decode_greedily()
+        elif not isinstance(temperature, float):
+            self.kwargs["temperature"] = float(temperature)
+
+    def _decode_greedily(self) -> None:
+        # Greedy decoding warns of the settings of sampling.
+        self.kwargs.update(do_sample=False, **dict.fromkeys(SAMPLING))
+
     def _take_seed(self) -> SeededSampler | None:
         """Replace seeded sampling by a sampler with a random generator of its own."""
         seed = self.kwargs.pop("seed", None)
-        if seed is None or not self._value("do_sample"):
+        if seed is not None and (not _is(seed, Integral) or not -(1 << 63) <= seed < 1 << 64):
+            raise ConfigError(f"seed must be a whole number of at most 64 bits, not {seed!r}.")
+        if not self._value("do_sample"):
             return None
-        names = ("temperature", "top_k", "top_p", "min_p")
-        settings = {name: self._value(name) for name in names}
-        if settings["temperature"] is None:
-            settings["temperature"] = 1.0
-        # Greedy decoding warns of the settings of sampling, which the sampler has taken.
-        self.kwargs.update(do_sample=False, **dict.fromkeys(names))
-        return SeededSampler(seed, **settings)
+        settings = {name: self._value(name) for name in SAMPLING}
+        try:
+            warpers(settings)
+            config = GenerationConfig(watermarking_config=self._value("watermarking_config"))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"A setting of sampling is out of range: {error}") from error
+        if seed is None:
+            return None
+        if not self.single:
+            raise ConfigError("A seed is for one sequence, not for beams. Use num_beams=1.")
+        self._decode_greedily()
+        if config.watermarking_config is not None:
+            self.kwargs["watermarking_config"] = None
+        return SeededSampler(int(seed), settings, config.watermarking_config)
+
+
+def _by_name(kwargs: Mapping[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
+    """Return arguments in which those of the caller's generation config are passed by name.
+
+    So they rank as in transformers: behind other arguments, before the model's own config.
+    """
+    kwargs = {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None or name not in ("num_beams", "num_return_sequences")
+    }
+    config = kwargs.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ConfigError(f"generation_config must be a GenerationConfig, not {config!r}.")
+    if "custom_generate" not in kwargs:  # which may read fields of its own from it
+        kwargs.pop("generation_config", None)
+    named = {name: getattr(config, name, None) for name in _FIELDS}
+    for name in (*_LENGTHS, *_ALWAYS):
+        # A copy of the model's own config is as good as none.
+        if named[name] in (getattr(defaults, name, None), _ALWAYS.get(name)):
+            del named[name]
+    return {**{name: value for name, value in named.items() if value is not None}, **kwargs}
+
+
+def _overruled(defaults: GenerationConfig) -> dict[str, Any]:
+    """Return what has to be said so that the model's own config does not say otherwise."""
+    return {
+        name: value
+        for name, value in _ALWAYS.items()
+        if getattr(defaults, name, None) not in (None, value)
+    }
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -139,15 +253,24 @@ def _refuse(kwargs: dict[str, Any]) -> None:
             f"{', '.join(owned)} cannot be passed: the generator sets up prompt and cache itself. "
             "Pass prefix, contexts and query."
         )
-    if "max_length" in kwargs:
-        raise ConfigError(
-            "max_length counts prompt tokens, which cached contexts make ambiguous. "
-            "Use max_new_tokens."
-        )
+    for name, instead in _LENGTHS.items():
+        if kwargs.get(name):
+            raise ConfigError(
+                f"{name} counts prompt tokens, which cached contexts make ambiguous. Use {instead}."
+            )
     if kwargs.get("num_return_sequences", 1) != 1:
         raise ConfigError("num_return_sequences must be 1: a result holds one text.")
     if kwargs.get("assistant_model") is not None:
         raise ConfigError("assistant_model is not supported together with cached contexts.")
+    if kwargs.get("token_healing"):
+        raise ConfigError(
+            "token_healing replaces tokens of the prompt, whose states may be cached already. "
+            "Leave it out, and end the query with a whole word."
+        )
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _frozen(value: Any) -> str:
@@ -165,10 +288,13 @@ def _frozen(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} may hold a state")
 
 
-def _strings(stop: str | Sequence[str] | None) -> list[str]:
-    if stop is None:
+def _strings(name: str, given: Any) -> list[str]:
+    if given is None:
         return []
-    return [stop] if isinstance(stop, str) else [text for text in stop if text]
+    strings = [given] if isinstance(given, str) else given
+    if not isinstance(strings, Collection) or not all(isinstance(text, str) for text in strings):
+        raise ConfigError(f"{name} must be a string or a list of strings, not {given!r}.")
+    return [text for text in strings if text]
 
 
 def _as_list(ids: int | list[int] | Tensor | None) -> list[int]:

@@ -69,7 +69,7 @@ class PassingExecutor(Executor):
         Raises
         ------
         RuntimeError
-            After :meth:`shutdown`.
+            After :meth:`shutdown`; or the system has no thread left, and none of these is alive.
         """
         future: Future[T] = Future()
         with self._lock:
@@ -77,10 +77,20 @@ class PassingExecutor(Executor):
                 raise RuntimeError("nothing can be submitted after shutdown")
             self._work.append((future, lambda: fn(*args, **kwargs)))
             if len(self._threads) < self._max_workers:
-                thread = threading.Thread(target=self._run, name=self._name)
-                self._threads.add(thread)
-                thread.start()
+                self._start_thread()
         return future
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name)
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except Exception:
+            self._threads.discard(thread)
+            # Those that are alive do all the work there is, if slower.
+            if not self._threads:
+                self._work.pop()
+                raise
 
     def _run(self) -> None:
         while True:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +31,7 @@ from ape_integrations.store.base import (
 )
 from ape_integrations.store.directory import permissions_for, prepare_directory
 from ape_integrations.store.files import EntryFiles
-from ape_integrations.store.index import EntryRow, StoredFile
+from ape_integrations.store.index import EntryIndex, EntryRow, StoredFile
 from ape_integrations.store.keys import KeySpace
 from ape_integrations.store.maintenance import VerifyReport, verify_store
 from ape_integrations.store.outage import Outage
@@ -46,7 +48,7 @@ from ape_integrations.store.usage import PendingUsage
 
 logger = logging.getLogger(__name__)
 
-_MEDIUM_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+_MEDIUM_FAULTS = (OSError, MemoryError, sqlite3.Error, diskcache.Timeout)
 
 
 class DiskKVStore(LoadsByGet):
@@ -95,14 +97,17 @@ class DiskKVStore(LoadsByGet):
         self._size_limit = parse_size(size_limit)
         self._keys = KeySpace(namespace, kv_dtype)
         self.directory: Path = prepare_directory(directory, trust_directory)
-        permissions = permissions_for(self.directory, trust_directory)
-        self._files = EntryFiles(self.directory, permissions)
+        self._trust = trust_directory
+        self._permissions = permissions_for(self.directory, trust_directory)
+        self._files = EntryFiles(self.directory, self._permissions)
         self._pins = Pins(self._files)
         self._usage = PendingUsage()
         self._storing = Outage(f"Storing KV states in {self.directory}", retry_after)
         self._reading = Outage(f"Reading KV states in {self.directory}", retry_after=0.0)
+        self._too_large_noted = False
+        self._opening = threading.Lock()
         try:
-            self._index, writable = open_index(self.directory, self._files, permissions)
+            self._opened = open_index(self.directory, self._files, self._permissions)
         except StoreError:
             raise
         except _MEDIUM_FAULTS as error:
@@ -110,7 +115,7 @@ class DiskKVStore(LoadsByGet):
                 f"Cannot open the index of the store in {self.directory}: {error}. Give another"
                 " directory, for example DiskKVStore(directory=...) or cache_dir=..."
             ) from error
-        if not writable:
+        if not self._opened.writable:
             self._storing.begin("the directory is read-only")
         self._encoding = EncodingLocks(self.directory / "locks")
         call_at_exit(self, DiskKVStore.close)
@@ -122,6 +127,11 @@ class DiskKVStore(LoadsByGet):
     def size_limit(self) -> int:
         """Bytes that all entries may take together."""
         return self._size_limit
+
+    @property
+    def mended(self) -> VerifyReport:
+        """What opening the store put right: files of killed writers, a damaged index."""
+        return self._opened.mended
 
     def contains(self, key: str) -> bool:
         """Tell whether `key` is stored, without reading it."""
@@ -165,7 +175,7 @@ class DiskKVStore(LoadsByGet):
                 logger.warning("Entry %s is not stored: %s.", key, error)
             except _MEDIUM_FAULTS as error:
                 self._storing.begin(_describe(error))
-                self._index.close()
+                self._opened.index.close()
         if not stored:
             self._usage.count("put_failures")
         return stored
@@ -181,11 +191,19 @@ class DiskKVStore(LoadsByGet):
         return self._encoding.hold(keys, timeout, self._keys.prefix)
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; False where there was none."""
+        """Remove an entry; False where there was none. StoreError if the store is read-only."""
+        self._require_writable()
         return self._remove(self._keys.full(key))
 
     def clear(self, *, all_namespaces: bool = False) -> int:
-        """Remove all entries, of this namespace or of all, and return their number."""
+        """Remove all entries, of this namespace or of all, and return their number.
+
+        Raises
+        ------
+        StoreError
+            If the store is read-only.
+        """
+        self._require_writable()
         return sum(self._remove(row.key) for row in self.rows(all_namespaces=all_namespaces))
 
     def rows(self, *, all_namespaces: bool = False) -> list[EntryRow]:
@@ -230,7 +248,7 @@ class DiskKVStore(LoadsByGet):
         Parameters
         ----------
         repair : bool
-            Drop what is bad and put the index right.
+            Drop what is bad and put the index right. A read-only store is only looked at.
 
         Returns
         -------
@@ -243,6 +261,7 @@ class DiskKVStore(LoadsByGet):
             If the index cannot be read, or not repaired.
         """
         self._write_usage()
+        repair = repair and self._opened.writable
         try:
             return verify_store(self._index, self._files, self._keys.version, repair)
         except _MEDIUM_FAULTS as error:
@@ -271,7 +290,13 @@ class DiskKVStore(LoadsByGet):
         -------
         int
             Number of entries removed.
+
+        Raises
+        ------
+        StoreError
+            If the store is read-only.
         """
+        self._require_writable()
         removed = 0
         limit = parse_size(to_size, "to_size") if to_size is not None else None
         if older_than is not None or tag is not None:
@@ -292,14 +317,39 @@ class DiskKVStore(LoadsByGet):
     def close(self) -> None:
         """Flush and close this thread's connection. Using the store again opens a new one."""
         self._write_usage()
-        self._index.close()
+        self._opened.index.close()
+
+    @property
+    def _index(self) -> EntryIndex:
+        """The index that lies in the directory now; OSError where there is none to be used."""
+        if self._opened.index.is_replaced:
+            self._reopen()
+        return self._opened.index
+
+    def _reopen(self) -> None:
+        with self._opening:
+            if not self._opened.index.is_replaced:
+                return
+            if not self.directory.is_dir():
+                raise OSError(errno.ESTALE, "the store was removed", str(self.directory))
+            try:
+                prepare_directory(self.directory, self._trust)
+                self._opened = open_index(self.directory, self._files, self._permissions)
+            except StoreError as error:
+                raise OSError(errno.ESTALE, str(error)) from error
+
+    def _require_writable(self) -> None:
+        if not self._opened.writable:
+            raise StoreError(
+                f"The store in {self.directory} is read-only: nothing can be removed from it."
+            )
 
     def _find(self, full_key: str) -> EntryRow | None:
         try:
             return self._index.find(full_key)
         except _MEDIUM_FAULTS as error:
             self._reading.begin(_describe(error))
-            self._index.close()
+            self._opened.index.close()
             return None
 
     def _read(self, row: EntryRow, spec: KVSpec, destination: Destination) -> int | None:
@@ -324,16 +374,21 @@ class DiskKVStore(LoadsByGet):
         return None
 
     def _write(self, full_key: str, states: KVStates, tag: str) -> bool:
-        buffers = serialize(full_key, states, self._keys.kv_dtype)
+        buffers = _serialize(full_key, states, self._keys.kv_dtype)
         nbytes = sum(len(buffer) for buffer in buffers)
         if nbytes > self._size_limit:
-            logger.warning("An entry of %d bytes exceeds the limit %d.", nbytes, self._size_limit)
+            level = logging.DEBUG if self._too_large_noted else logging.WARNING
+            self._too_large_noted = True
+            logger.log(
+                level, "An entry of %d bytes exceeds the limit %d.", nbytes, self._size_limit
+            )
             return False
         self._write_usage()
+        index = self._index
         self._files.require_room(nbytes)
         with self._files.create() as file:
             file.write(buffers)
-            stored = self._index.add(
+            stored = index.add(
                 full_key,
                 StoredFile(file.name, nbytes),
                 tag[:200],
@@ -360,7 +415,7 @@ class DiskKVStore(LoadsByGet):
             return self._index.remove(full_key, file)
         except _MEDIUM_FAULTS as error:
             self._storing.begin(_describe(error))
-            self._index.close()
+            self._opened.index.close()
             return False
 
     def _write_usage(self) -> None:
@@ -372,7 +427,15 @@ class DiskKVStore(LoadsByGet):
         except _MEDIUM_FAULTS:
             # Nothing depends on these figures; they are kept for the next attempt.
             self._usage.give_back(uses, counts)
-            self._index.close()
+            self._opened.index.close()
+
+
+def _serialize(full_key: str, states: KVStates, kv_dtype: str) -> list[memoryview]:
+    try:
+        return serialize(full_key, states, kv_dtype)
+    except RuntimeError as error:
+        # torch says so when there is no memory left.
+        raise MemoryError(str(error)) from error
 
 
 def _by_tag(rows: Iterable[EntryRow]) -> dict[str, TagStats]:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ape_integrations.store.serialization import EntryError
@@ -23,6 +24,9 @@ _NAME = re.compile(r"entries/[0-9a-f]{2}/[0-9a-f]{30}\.kv")
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 MAX_RESERVE = 1 << 30
 """Bytes that are left free on the file system: one percent of it, but no more than this."""
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_FILE_OF_OURS = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 _MAX_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 
@@ -97,18 +101,13 @@ class OpenFile:
 
     Parameters
     ----------
-    path : Path
-        The file.
-
-    Raises
-    ------
-    OSError
-        If it cannot be opened.
+    descriptor : int
+        Open for reading; owned by this object.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, _READ)
-        self.nbytes = os.fstat(self._descriptor).st_size
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.nbytes = os.fstat(descriptor).st_size
         self._offset = 0
 
     def readinto(self, buffers: Sequence[memoryview]) -> None:
@@ -157,7 +156,7 @@ class EntryFiles:
             path = self.path(name)
             self._make_folder(path.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o600)
+            descriptor = self._open(name, flags)
             os.fchmod(descriptor, self._permissions & 0o666)
             # Between the two calls somebody may have taken the file for abandoned and removed it.
             if try_lock(descriptor) and os.fstat(descriptor).st_nlink == 1:
@@ -173,8 +172,8 @@ class EntryFiles:
                 folder.chmod(self._permissions)
 
     def open(self, name: str) -> OpenFile:
-        """Open an entry file for reading."""
-        return OpenFile(self.path(name))
+        """Open an entry file for reading; OSError where it or its folder is a link, or absent."""
+        return OpenFile(self._open(name, _READ))
 
     def pin(self, name: str) -> int | None:
         """Lock an entry file against removal by any process until the descriptor is closed.
@@ -185,7 +184,7 @@ class EntryFiles:
             A descriptor for `unlock_and_close`; None where the file is gone or going.
         """
         try:
-            descriptor = os.open(self.path(name), _READ)
+            descriptor = self._open(name, _READ)
         except OSError:
             return None
         if try_lock(descriptor, shared=True) and os.fstat(descriptor).st_nlink:
@@ -195,17 +194,28 @@ class EntryFiles:
 
     def remove(self, name: str) -> bool:
         """Remove a file whatever its use; False where it was not there."""
+        path = self.path(name)
         try:
-            self.path(name).unlink()
-        except FileNotFoundError:
+            with _folder(path) as folder:
+                os.unlink(path.name, dir_fd=folder)
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
+    def is_used(self, name: str) -> bool:
+        """Tell whether a file is pinned or being written."""
+        descriptor = self._open_present(name)
+        if descriptor is None:
+            return False
+        try:
+            return not try_lock(descriptor)
+        finally:
+            unlock_and_close(descriptor)
+
     def remove_unused(self, name: str) -> bool:
         """Remove a file unless it is pinned or being written; True when it is gone."""
-        try:
-            descriptor = os.open(self.path(name), _READ)
-        except FileNotFoundError:
+        descriptor = self._open_present(name)
+        if descriptor is None:
             return True
         try:
             if not try_lock(descriptor):
@@ -229,7 +239,7 @@ class EntryFiles:
             Whether to remove it.
         """
         try:
-            descriptor = os.open(self.path(name), _READ)
+            descriptor = self._open(name, _READ)
         except OSError:
             return False
         if not try_lock(descriptor):
@@ -253,11 +263,37 @@ class EntryFiles:
     def names(self) -> Iterator[str]:
         """Yield the names of all entry files that exist."""
         for folder in sorted((self._directory / "entries").glob("[0-9a-f][0-9a-f]")):
+            if folder.is_symlink():
+                continue
             with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
                 for item in found:
                     name = f"entries/{folder.name}/{item.name}"
                     if is_entry_name(name):
                         yield name
+
+    def _open(self, name: str, flags: int) -> int:
+        path = self.path(name)
+        with _folder(path) as folder:
+            return os.open(path.name, flags, 0o600, dir_fd=folder)
+
+    def _open_present(self, name: str) -> int | None:
+        """Open a file for reading; None where it is absent or a link stands in its place."""
+        try:
+            return self._open(name, _READ)
+        except OSError as error:
+            if error.errno in _NO_FILE_OF_OURS:
+                return None
+            raise
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    """Open the folder of an entry file, which must not be a link, for calls relative to it."""
+    descriptor = os.open(path.parent, _FOLDER)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:

@@ -8,7 +8,9 @@ ten entries at a time, after the fact: ours makes room first, exactly, and in th
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -172,6 +174,24 @@ class IndexQueries:
         select = "SELECT 1 FROM Cache WHERE filename = ? LIMIT 1"
         return bool(self._sql(select, (name,)).fetchall())
 
+    def is_current(self, row: EntryRow) -> bool:
+        """Tell whether an entry still has the file it had."""
+        current = self.find(row.key)
+        return current is not None and current.file == row.file
+
+    def check(self) -> list[str]:
+        """Return what is inconsistent within the index."""
+        found = [
+            f"database: {message}"
+            for (message,) in self._sql("PRAGMA integrity_check").fetchall()
+            if message != "ok"
+        ]
+        for name, compute, _ in CHECKS:
+            ((wrong,),) = self._sql(compute).fetchall()
+            if wrong:
+                found.append(name)
+        return found
+
     def used_bytes(self) -> int:
         """Return the bytes of all entries together."""
         ((size,),) = self._sql("SELECT value FROM Settings WHERE key = 'size'").fetchall()
@@ -187,7 +207,7 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
     Parameters
     ----------
     directory : Path
-        The store's directory; it exists.
+        Where the database lies; it exists.
     files : EntryFiles
         Its files.
     """
@@ -209,6 +229,17 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
         )
         for statement in CREATE_TABLES:
             self._sql_retry(statement)
+        self._path = str(directory / INDEX_FILE)
+        self._identity = _identity(self._path)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the database was removed, or another one put in its place, since it was opened.
+
+        Connections would go on with the old one: it exists as long as they are open, and as long
+        as it exists no other file gets its number.
+        """
+        return _identity(self._path) != self._identity
 
     def add(
         self, key: str, file: StoredFile, tag: str, limit: int, is_pinned: Callable[[str], bool]
@@ -234,9 +265,11 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
         Returns
         -------
         bool
-            False where pinned entries leave no room; nothing is registered then.
+            False where pinned entries leave no room; nothing is changed then.
         """
         with self.transact():
+            if not self._can_make_room(key, file.nbytes, limit, is_pinned):
+                return False
             known = self._sql("SELECT protected FROM KVUsage WHERE key = ?", (key,)).fetchall()
             self._remove_row(key)
             if not self._make_room(file.nbytes, limit, is_pinned):
@@ -253,8 +286,7 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
     def is_current(self, row: EntryRow) -> bool:
         """Tell whether an entry still has the file it had, once all writers are through."""
         with self.transact():
-            current = self.find(row.key)
-            return current is not None and current.file == row.file
+            return super().is_current(row)
 
     def remove(self, key: str, name: str | None = None) -> bool:
         """Remove an entry with its file.
@@ -310,23 +342,33 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
         """Return SQLite's verdict on the database: one row ``("ok",)`` where it is sound."""
         return self._sql("PRAGMA quick_check(1)").fetchall()
 
-    def check(self, repair: bool) -> list[str]:
-        """Return, and put right, what is inconsistent within the index."""
-        found = [
-            f"database: {message}"
-            for (message,) in self._sql("PRAGMA integrity_check").fetchall()
-            if message != "ok"
-        ]
-        if found and repair:
-            self._sql("REINDEX")
-        with self.transact():
-            for name, compute, fix in CHECKS:
-                ((wrong,),) = self._sql(compute).fetchall()
-                if wrong:
-                    found.append(name)
-                    if repair:
+    def repair(self) -> list[str]:
+        """Put right what is inconsistent within the index, and return what it was."""
+        found = self.check()
+        if found:
+            with self.transact():
+                self._sql("REINDEX")
+                for name, _, fix in CHECKS:
+                    if name in found:
                         self._sql(fix)
         return found
+
+    def _can_make_room(
+        self, key: str, nbytes: int, limit: int, is_pinned: Callable[[str], bool]
+    ) -> bool:
+        """Tell whether replacing `key` and evicting what nobody uses makes so much room."""
+        excess = self.used_bytes() + nbytes - limit
+        select = (
+            "SELECT u.key, u.size, filename FROM KVUsage u CROSS JOIN Cache c ON c.key = u.key"
+            " AND raw = 1 ORDER BY protected, sequence"
+        )
+        with contextlib.closing(self._sql(select)) as rows:
+            while excess > 0 and (row := rows.fetchone()) is not None:
+                other, size, name = row
+                ours = is_entry_name(name)
+                if other == key or not (is_pinned(other) or (ours and self._files.is_used(name))):
+                    excess -= size
+        return excess <= 0
 
     def _make_room(self, nbytes: int, limit: int, is_pinned: Callable[[str], bool]) -> bool:
         spared: set[str] = set()
@@ -383,10 +425,20 @@ class ReadOnlyIndex(IndexQueries):
     """
 
     def __init__(self, directory: Path) -> None:
-        # Nobody writes to an immutable database, so SQLite needs no lock files beside it.
-        self._uri = f"{(directory / INDEX_FILE).as_uri()}?immutable=1"
+        path = directory / INDEX_FILE
+        self._path = str(path)
+        self._state = _state(self._path)
+        # The log holds what writers, live or killed, have not brought into the database yet. Where
+        # there is none nobody writes, and SQLite, told so, makes no files beside the database.
+        has_log = all(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-shm"))
+        self._uri = f"{path.as_uri()}?mode=ro&{'readonly_shm=1' if has_log else 'immutable=1'}"
         self._local = threading.local()
         self.used_bytes()
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the database is another one, or has changed so that it must be opened again."""
+        return _state(self._path) != self._state
 
     @property
     def _sql(self) -> Callable[..., sqlite3.Cursor]:  # type: ignore[override]
@@ -405,6 +457,24 @@ class ReadOnlyIndex(IndexQueries):
         if name.startswith("_"):
             raise AttributeError(name)
         raise OSError(errno.EROFS, "the store is read-only")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from every other file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _state(path: str) -> tuple[object, ...] | None:
+    """Return what changes when writers begin, go on in the database itself, or end."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, os.path.exists(f"{path}-wal")
 
 
 def _row(columns: tuple[Any, ...]) -> EntryRow:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ape_integrations.store.files import EntryFiles, try_lock, unlock_and_close
-from ape_integrations.store.index import EntryIndex, EntryRow, StoredFile
+from ape_integrations.store.index import EntryIndex, EntryRow, ReadOnlyIndex, StoredFile
+from ape_integrations.store.keys import KeySpace
 from ape_integrations.store.serialization import EntryError, read_key, verify
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,14 @@ class VerifyReport:
         """Whether nothing was wrong."""
         return not (self.corrupted or self.missing or self.orphans or self.index_errors)
 
+    def including(self, mended: VerifyReport) -> VerifyReport:
+        """Return this report with what `DiskKVStore.mended` says of files and index added."""
+        return replace(
+            self,
+            orphans=mended.orphans + self.orphans,
+            index_errors=mended.index_errors + self.index_errors,
+        )
+
 
 def verify_store(index: EntryIndex, files: EntryFiles, version: str, repair: bool) -> VerifyReport:
     """Check every entry, every file and the index; others may use the store meanwhile.
@@ -87,10 +98,33 @@ def verify_store(index: EntryIndex, files: EntryFiles, version: str, repair: boo
         if repair:
             index.remove(row.key, row.file)
     orphans = tuple(find_orphans(index, files, remove=repair))
-    errors = tuple(index.check(repair))
+    errors = tuple(index.repair() if repair else index.check())
     return VerifyReport(
         checked, tuple(corrupted), tuple(missing), orphans, errors, skipped, repaired=repair
     )
+
+
+def inspect_store(directory: Path) -> VerifyReport:
+    """Check a store without opening it for use: nothing on disk changes.
+
+    Others may use the store meanwhile; an entry that they are evicting may count as missing.
+
+    Parameters
+    ----------
+    directory : Path
+        The store's directory.
+
+    Returns
+    -------
+    VerifyReport
+        What was found. An index that cannot be read is an error of the index, and all there is.
+    """
+    version = KeySpace("", "auto").version
+    try:
+        with contextlib.closing(ReadOnlyIndex(directory)) as index:
+            return verify_store(cast("EntryIndex", index), EntryFiles(directory), version, False)
+    except sqlite3.Error as error:
+        return VerifyReport(0, index_errors=(f"database: {error}",))
 
 
 def _problem(row: EntryRow, index: EntryIndex, files: EntryFiles) -> str | None:
@@ -143,10 +177,11 @@ def adopt_files(index: EntryIndex, files: EntryFiles) -> int:
         How many were adopted. Their tags are lost.
     """
     adopted = 0
-    for name in files.names():
-        with contextlib.suppress(EntryError, OSError), files.open(name) as source:
-            key = read_key(source)
-            if index.find(key) is None:
-                index.add(key, StoredFile(name, source.nbytes), "", 2**62, lambda _: True)
-                adopted += 1
+    with index.transact():
+        for name in files.names():
+            with contextlib.suppress(EntryError, OSError), files.open(name) as source:
+                key = read_key(source)
+                if index.find(key) is None:
+                    index.add(key, StoredFile(name, source.nbytes), "", 2**62, lambda _: True)
+                    adopted += 1
     return adopted

@@ -111,8 +111,7 @@ class MemoryKVStore(LoadsByGet):
     def adopt(self, key: str, states: KVStates, tag: str = "") -> bool:
         """Store states as for `put`, but without a copy: nobody else holds them, or ever will."""
         with self._lock:
-            self._drop(key)
-            if not self._make_room(states.nbytes):
+            if not self._make_room(key, states.nbytes):
                 self._counts["put_failures"] += 1
                 return False
             self._entries[key] = _Entry(states, tag)
@@ -186,16 +185,23 @@ class MemoryKVStore(LoadsByGet):
                 self._pins.subtract(keys)
                 self._pins = +self._pins
 
-    def _make_room(self, nbytes: int) -> bool:
-        if nbytes > self._max_bytes:
+    def _make_room(self, key: str, nbytes: int) -> bool:
+        """Drop `key` and what else has to go for its new states; False, and nothing, if in vain."""
+        pinned = sum(
+            self._entries[other].states.nbytes
+            for other in self._pins
+            if other != key and other in self._entries
+        )
+        if pinned + nbytes > self._max_bytes:
             return False
-        for key in list(self._entries):
+        self._drop(key)
+        for other in list(self._entries):
             if self._bytes + nbytes <= self._max_bytes:
                 break
-            if key not in self._pins:
-                self._drop(key)
+            if other not in self._pins:
+                self._drop(other)
                 self._counts["evictions"] += 1
-        return self._bytes + nbytes <= self._max_bytes
+        return True
 
     def _drop(self, key: str) -> bool:
         entry = self._entries.pop(key, None)

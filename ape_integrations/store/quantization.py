@@ -86,8 +86,7 @@ def quantize(states: Tensor, dtype: torch.dtype, is_key: bool) -> tuple[Tensor, 
     if dtype == states.dtype:
         return (states,)
     if not is_scaled(dtype):
-        limit = min(torch.finfo(dtype).max, torch.finfo(states.dtype).max)
-        return (states.clamp(-limit, limit).to(dtype),)
+        return (_saturate(states.to(dtype)),)
     largest = states.float().abs().amax(dim=1 if is_key else 2, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("states that are not finite cannot be quantised")
@@ -112,9 +111,17 @@ def dequantize_into(destination: Tensor, stored: tuple[Tensor, ...]) -> None:
     """
     if len(stored) == 1:
         destination.copy_(stored[0])
+        if torch.finfo(stored[0].dtype).max > torch.finfo(destination.dtype).max:
+            _saturate(destination)
         return
     values, scale = stored
     if values.dtype == torch.int8:
         torch.mul(values, scale, out=destination)
     else:
         torch.mul(values.to(torch.float32), scale, out=destination)
+
+
+def _saturate(states: Tensor) -> Tensor:
+    """Put the largest finite values in the place of what rounding made infinite, in place."""
+    limit = torch.finfo(states.dtype)
+    return states.clamp_(limit.min, limit.max)

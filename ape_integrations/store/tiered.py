@@ -97,9 +97,9 @@ class TieredKVStore(LoadsByGet):
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store in the fastest tier now and in the others soon; see `KVStore.put`."""
         owned = states.copy()
+        _put(self.tiers[0], key, owned, tag)
         with self._lock:
             self._pending[key] = owned
-        _put(self.tiers[0], key, owned, tag)
         self._background.submit(lambda: self._write(key, owned, tag), owned.nbytes)
         return True
 
@@ -185,15 +185,19 @@ class TieredKVStore(LoadsByGet):
         """Bring an entry to the slower tiers, unless it was deleted or replaced meanwhile."""
         if self._pending.get(key) is not states:
             return
-        for tier in self.tiers[1:]:
-            tier.put(key, states, tag=tag)
-        with self._lock:
-            current = self._pending.get(key)
-            if current is states:
-                del self._pending[key]
-        if current is None:
+        stored: list[Tier] = []
+        try:
             for tier in self.tiers[1:]:
-                tier.delete(key)
+                if tier.put(key, states, tag=tag):
+                    stored.append(tier)
+        finally:
+            with self._lock:
+                current = self._pending.get(key)
+                if current is states:
+                    del self._pending[key]
+            if current is None:
+                for tier in stored:
+                    tier.delete(key)
 
     def _note_use(self, key: str, depth: int) -> None:
         """Tell the slower tiers, or they would give up first what is used most."""

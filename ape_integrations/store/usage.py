@@ -17,6 +17,7 @@ class PendingUsage:
         self._lock = threading.Lock()
         self._uses: dict[str, tuple[int, float]] = {}
         self._counts: Counter[str] = Counter()
+        self._due = MAX_PENDING
 
     def hit(self, key: str) -> None:
         """Note that an entry was loaded."""
@@ -34,18 +35,20 @@ class PendingUsage:
     @property
     def is_due(self) -> bool:
         """Whether enough has gathered to be written down."""
-        return len(self._uses) >= MAX_PENDING
+        return len(self._uses) >= self._due
 
     def take(self) -> tuple[dict[str, tuple[int, float]], Counter[str]]:
         """Return and forget what has gathered: uses (oldest first) and counts."""
         with self._lock:
             uses, self._uses = self._uses, {}
             counts, self._counts = self._counts, Counter()
+            self._due = MAX_PENDING
         return uses, counts
 
     def give_back(self, uses: dict[str, tuple[int, float]], counts: Counter[str]) -> None:
-        """Put back what could not be written down."""
+        """Put back what could not be written down, to try again when as much more has gathered."""
         with self._lock:
             self._counts.update(counts)
             if len(uses) + len(self._uses) < 16 * MAX_PENDING:
                 self._uses = {**uses, **self._uses}
+            self._due = len(self._uses) + MAX_PENDING

@@ -42,6 +42,7 @@ class WriteBack:
         self._bytes = 0
         self._unfinished = 0
         self._flushing = 0
+        self._waiting = 0
         self._last_activity = 0.0
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -60,13 +61,18 @@ class WriteBack:
         """
         self._forget_parents_work()
         with self._changed:
-            while self._is_full(nbytes):
-                self._start()
-                self._changed.wait()
+            self._waiting += 1
+            self._changed.notify_all()
+            try:
+                while self._is_full(nbytes):
+                    self._start()
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
             self._add(self._urgent, work, nbytes)
 
     def submit_patient(self, work: Work, nbytes: int = 0) -> bool:
-        """Have `work` done when nothing has been going on for a moment.
+        """Have `work` done when nothing has been going on for a moment, or room is needed.
 
         Returns
         -------
@@ -145,7 +151,7 @@ class WriteBack:
                     return self._urgent.popleft()
                 now = time.monotonic()
                 quiet_at = self._last_activity + _QUIET_SECONDS
-                if self._patient and (now >= quiet_at or self._flushing or self._is_full(1)):
+                if self._patient and (now >= quiet_at or self._flushing or self._waiting):
                     return self._patient.popleft()
                 if not self._patient and now >= deadline:
                     self._thread = None

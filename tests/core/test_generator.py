@@ -139,6 +139,22 @@ def test_error_while_streaming_reaches_the_reader(generator: APEGenerator) -> No
     assert generator.generate(PREFIX, DOCUMENTS, QUERY).token_ids
 
 
+def test_stream_whose_thread_cannot_start_can_be_read_again_and_closed(
+    generator: APEGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    streams = [generator.stream(PREFIX, DOCUMENTS, QUERY) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for stream in streams:
+            with pytest.raises(RuntimeError, match="can't start"):
+                next(stream)
+    streams[0].close()
+    assert "".join(streams[1]) == generator.generate(PREFIX, DOCUMENTS, QUERY).text
+
+
 def test_self_check_refuses_a_model_that_answers_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -390,6 +406,38 @@ def test_changed_weights_are_another_model(generator: APEGenerator) -> None:
     finally:
         with torch.no_grad():
             weight.div_(1.5)
+
+
+def test_change_of_dtype_needs_a_new_generator() -> None:
+    model = tiny_model("llama")
+    before = APEGenerator(model, byte_tokenizer(), MemoryKVStore())
+    before.generate(PREFIX, DOCUMENTS, QUERY, max_new_tokens=2)
+    prompt = before.prepare(PREFIX, DOCUMENTS, QUERY)
+    model.to(torch.bfloat16)
+    for call in (
+        lambda: before.generate(PREFIX, DOCUMENTS, QUERY, max_new_tokens=2),
+        lambda: list(before.stream(PREFIX, DOCUMENTS, QUERY, max_new_tokens=2)),
+        lambda: before.query_logits(prompt.prefix, prompt.contexts, prompt.query),
+        lambda: before.warm(PREFIX, ["Di dives."], show_progress=False),
+    ):
+        with pytest.raises(ConfigError, match="new generator"):
+            call()
+    after = APEGenerator(model, byte_tokenizer(), before.store)
+    result = after.generate(PREFIX, DOCUMENTS, QUERY, max_new_tokens=2)
+    assert (result.cache["hits"], result.cache["misses"]) == (0, 3)
+
+
+def test_autocast_to_another_dtype_is_refused(generator: APEGenerator) -> None:
+    expected = generator.generate(PREFIX, DOCUMENTS, QUERY, do_sample=False).token_ids
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ConfigError, match="autocast"):
+            generator.generate(PREFIX, DOCUMENTS, QUERY)
+        with pytest.raises(ConfigError, match="autocast"):
+            APEGenerator(tiny_model("llama"), byte_tokenizer(), MemoryKVStore())
+        same = tiny_model("llama", dtype=torch.bfloat16)
+        own = APEGenerator(same, byte_tokenizer(), MemoryKVStore())
+        assert own.generate(PREFIX, DOCUMENTS, QUERY).token_ids
+    assert generator.generate(PREFIX, DOCUMENTS, QUERY, do_sample=False).token_ids == expected
 
 
 def test_long_context_is_split_with_a_warning(model: LlamaForCausalLM) -> None:

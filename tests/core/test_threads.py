@@ -82,6 +82,46 @@ def test_cancelled_work_is_skipped():
     assert last.result(timeout=30) == "yes"
 
 
+def test_a_thread_that_cannot_start_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, executor, ran = threading.Thread.start, PassingExecutor(2, "t-none"), []
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for number in range(3):
+        with pytest.raises(RuntimeError, match="can't start"):
+            executor.submit(ran.append, number)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    executor.submit(ran.append, "later").result(timeout=30)
+    assert ran == ["later"]
+    executor.submit(ran.append, "last")
+    executor.shutdown()
+    assert ran == ["later", "last"]
+
+
+def test_threads_that_are_alive_work_for_those_that_cannot_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, executor, release = (
+        threading.Thread.start,
+        PassingExecutor(2, "t-few"),
+        threading.Event(),
+    )
+    first = executor.submit(release.wait, 30)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    second = executor.submit(lambda: "done")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    release.set()
+    assert first.result(timeout=30)
+    assert second.result(timeout=30) == "done"
+    executor.shutdown()
+
+
 @pytest.mark.skipif(_pause_function() is None, reason="torch runs on another OpenMP")
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads cannot be counted")
 def test_released_team_is_gone_and_comes_back():

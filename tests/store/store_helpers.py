@@ -71,6 +71,11 @@ def bytes_of_entries(directory: Path) -> int:
     return total
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return every file of a directory with its bytes."""
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def execute(directory: Path, statement: str, *args: Any) -> list[tuple[Any, ...]]:
     """Run SQL on a store's index as an intruder would."""
     connection = sqlite3.connect(directory / "cache.db")
@@ -88,6 +93,15 @@ def put_forever(directory: str, size_limit: int, first: int, tokens: int) -> Non
     store = DiskKVStore(directory, size_limit)
     for number in range(first, 10**9):
         store.put(f"{number % 50}", make_states(number % 50, tokens))
+
+
+def put_and_wait(directory: str, count: int, ready: Any) -> None:
+    """Store entries and keep the store open until killed."""
+    store = DiskKVStore(directory)
+    for number in range(count):
+        store.put(str(number), make_states(number))
+    ready.set()
+    time.sleep(600)
 
 
 def hold_pin(directory: str, size_limit: int, key: str, ready: Any, done: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import diskcache
@@ -23,7 +24,7 @@ from store_helpers import (
 )
 
 from ape_integrations.errors import ConfigError, StoreError
-from ape_integrations.store import DiskKVStore, open_store
+from ape_integrations.store import DiskKVStore, maintenance, open_store, recovery
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryDisk
 from ape_integrations.store.serialization import entry_nbytes
@@ -87,7 +88,7 @@ def test_opening_an_empty_store_leaves_its_index_alone(directory):
     inode = (directory / "cache.db").stat().st_ino
     DiskKVStore(directory)
     assert (directory / "cache.db").stat().st_ino == inode
-    assert not (directory / "rebuild.lock").exists()
+    assert not (directory / "rebuild").exists()
 
 
 def test_limit_of_a_reopened_store_is_the_new_one(directory):
@@ -126,6 +127,20 @@ def test_pinned_entries_are_not_evicted(directory):
         store.put(KEYS[number], make_states(number))
         store.get(KEYS[number], SPEC)
     assert not store.contains("0")
+
+
+def test_put_in_vain_beside_pinned_entries_changes_nothing(directory):
+    store = DiskKVStore(directory, 8 * ENTRY)
+    for number in range(8):
+        store.put(KEYS[number], make_states(number))
+    large = make_states(9, tokens=36)
+    with store.pin(KEYS[:4]):
+        assert ENTRY * 4 < entry_nbytes("v2//auto/0", large.spec) < ENTRY * 8
+        for key in ("a", "7"):
+            assert not store.put(key, large)
+            assert all(same(store.get(KEYS[n], SPEC), make_states(n)) for n in range(8))
+    assert store.stats().evictions == 0
+    assert store.put("7", large)
 
 
 def test_pins_hold_within_the_process_without_locked_files(directory, monkeypatch):
@@ -308,7 +323,7 @@ def test_paths_outside_the_store_are_neither_read_nor_removed(directory, tmp_pat
 )
 def test_files_that_are_not_entries_cannot_even_be_named(directory, name):
     files = EntryFiles(directory)
-    for use in (files.open, files.remove, files.remove_unused, files.pin):
+    for use in (files.open, files.remove, files.remove_unused, files.is_used, files.pin):
         with pytest.raises(ValueError, match="not an entry file"):
             use(name)
 
@@ -322,6 +337,20 @@ def test_symbolic_links_are_not_followed(directory, tmp_path):
     file.symlink_to(elsewhere)
     assert store.get("k", SPEC) is None
     assert elsewhere.exists()
+
+
+def test_folders_that_are_symbolic_links_are_not_followed(directory, tmp_path):
+    store = DiskKVStore(directory)
+    store.put("k", make_states(1))
+    (file,) = entry_files(directory)
+    elsewhere = tmp_path / "elsewhere"
+    file.parent.rename(elsewhere)
+    file.parent.symlink_to(elsewhere)
+    store = DiskKVStore(directory)
+    assert store.get("k", SPEC) is None
+    assert store.verify(repair=False).orphans == ()
+    assert store.delete("k") and not store.contains("k")
+    assert (elsewhere / file.name).exists(), "nothing is removed there either"
 
 
 def test_nothing_of_the_text_is_stored_in_clear(directory):
@@ -456,7 +485,10 @@ def test_verify_finds_and_repairs_everything(directory):
     assert same(store.get("5", SPEC), make_states(5))
 
 
-@pytest.mark.parametrize("damage", ["garbage", "empty table", "torn page", "truncated"])
+DAMAGES = "garbage", "empty table", "no table", "torn page", "truncated", "empty", "log", "missing"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_index_is_rebuilt_from_the_entries(directory, damage, caplog):
     store = DiskKVStore(directory)
     for number in range(20):
@@ -470,6 +502,14 @@ def test_damaged_index_is_rebuilt_from_the_entries(directory, damage, caplog):
     elif damage == "empty table":
         execute(directory, "DROP TABLE Settings")
         execute(directory, "CREATE TABLE Settings (x)")
+    elif damage == "no table":
+        execute(directory, "DROP TABLE Cache")
+    elif damage == "empty":
+        database.write_bytes(b"")
+    elif damage == "log":
+        database.rename(directory / "cache.db-wal")
+    elif damage == "missing":
+        database.unlink()
     elif damage == "torn page":
         content[4096 * 2 : 4096 * 4] = os.urandom(8192)
         database.write_bytes(content)
@@ -479,6 +519,73 @@ def test_damaged_index_is_rebuilt_from_the_entries(directory, damage, caplog):
     assert all(same(store.get(KEYS[n], SPEC), make_states(n)) for n in range(20))
     assert store.verify().clean
     assert sum("damaged" in record.message for record in caplog.records) == 1
+
+
+def _filled_and_damaged(directory: Path) -> None:
+    with DiskKVStore(directory) as store:
+        for number in range(20):
+            store.put(KEYS[number], make_states(number))
+    (directory / "cache.db").write_bytes(b"not a database" * 100)
+
+
+def test_who_opens_a_store_during_a_rebuild_removes_nothing(directory, monkeypatch):
+    _filled_and_damaged(directory)
+    adopt, opened = recovery.adopt_files, []
+    other = threading.Thread(target=lambda: opened.append(DiskKVStore(directory)))
+
+    def adopt_beside_another_opener(index, files):
+        monkeypatch.setattr(recovery, "adopt_files", adopt)
+        other.start()
+        other.join(1)
+        return adopt(index, files)
+
+    monkeypatch.setattr(recovery, "adopt_files", adopt_beside_another_opener)
+    store = DiskKVStore(directory)
+    other.join(60)
+    for each in (store, *opened):
+        assert all(same(each.get(KEYS[n], SPEC), make_states(n)) for n in range(20))
+    assert len(opened) == 1 and store.verify().clean
+
+
+@pytest.mark.parametrize("moment", ["adopting", "moving"])
+def test_rebuild_that_is_interrupted_is_begun_anew(directory, monkeypatch, moment):
+    _filled_and_damaged(directory)
+    read, left = maintenance.read_key, iter(range(10))
+
+    def read_ten(source):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return read(source)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "adopting":
+            patch.setattr(maintenance, "read_key", read_ten)
+        else:
+            patch.setattr(Path, "rename", die)
+        DiskKVStore(directory)
+    store = DiskKVStore(directory)
+    assert all(same(store.get(KEYS[n], SPEC), make_states(n)) for n in range(20))
+    assert store.verify().clean
+
+
+def test_opening_says_what_it_mended(directory):
+    _filled_and_damaged(directory)
+    orphan = entry_files(directory)[0].with_name("0" * 30 + ".kv")
+    orphan.write_bytes(b"half")
+    store = DiskKVStore(directory)
+    assert store.mended.orphans == (str(orphan.relative_to(directory)),)
+    assert len(store.mended.index_errors) == 1 and not store.mended.clean
+    assert DiskKVStore(directory).mended.clean
+
+
+def test_too_large_entries_are_one_warning(directory, caplog):
+    store = DiskKVStore(directory, ENTRY)
+    for number in range(5):
+        assert not store.put(KEYS[number], make_states(number, tokens=60))
+    assert sum("exceeds the limit" in record.message for record in caplog.records) == 1
 
 
 def test_a_store_in_bfloat16_returns_bfloat16_bit_for_bit(directory):

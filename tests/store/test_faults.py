@@ -14,15 +14,25 @@ import pytest
 from store_helpers import (
     SPAWN,
     bytes_of_entries,
+    contents,
     entry_files,
+    kill,
     make_states,
+    put_and_wait,
     run_as,
     same,
     spec_of,
 )
 
 from ape_integrations.errors import StoreError
-from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore, serialization
+from ape_integrations.store import (
+    DiskKVStore,
+    MemoryKVStore,
+    TieredKVStore,
+    recovery,
+    serialization,
+    usage,
+)
 from ape_integrations.store.serialization import entry_nbytes
 
 SPEC = spec_of()
@@ -144,7 +154,8 @@ def test_store_on_a_read_only_mount_serves_and_warns_once(tmp_path, caplog):
         with store.encoding_lock("7") as held, store.pin(["0"]):
             assert held == {"7"}
         assert store.stats().tags["llama"].entries == 1
-        assert store.clear() == 0
+        with pytest.raises(StoreError, match="read-only"):
+            store.clear()
         (warning,) = warnings_in(caplog)
         assert "read-only" in warning
         with pytest.raises(StoreError, match="not writable"):
@@ -153,6 +164,85 @@ def test_store_on_a_read_only_mount_serves_and_warns_once(tmp_path, caplog):
                 mount.parent / "ro2", "-t", "tmpfs", "-o", "ro,mode=700", "tmpfs"
             ) as empty:
                 DiskKVStore(empty)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], DiskKVStore]:
+    """Return what opens a store as on a read-only mount."""
+
+    def opened(directory: Path) -> DiskKVStore:
+        with monkeypatch.context() as patch:
+            patch.setattr(recovery, "is_writable", lambda _: False)
+            return DiskKVStore(directory)
+
+    return opened
+
+
+def test_read_only_store_serves_what_a_killed_writer_left(tmp_path, read_only):
+    ready = SPAWN.Event()
+    process = SPAWN.Process(daemon=True, target=put_and_wait, args=(str(tmp_path), 20, ready))
+    process.start()
+    assert ready.wait(60)
+    kill(process)
+    before = contents(tmp_path)
+    assert any(name.endswith("-wal") for name in before)
+    store = read_only(tmp_path)
+    assert all(same(store.get(str(n), SPEC), make_states(n)) for n in range(20))
+    report = store.verify()
+    assert report.clean and report.checked == 20 and not report.repaired
+    store.close()
+    assert contents(tmp_path) == before
+
+
+def test_read_only_store_follows_writers_that_come_and_go(tmp_path, read_only, monkeypatch):
+    with DiskKVStore(tmp_path) as writer:
+        writer.put("0", make_states(0))
+    store = read_only(tmp_path)
+    for number in range(1, 4):
+        # Reopening decides again whether the directory can be written to.
+        with DiskKVStore(tmp_path) as writer, monkeypatch.context() as patch:
+            writer.put(str(number), make_states(number))
+            patch.setattr(recovery, "is_writable", lambda _: False)
+            assert all(same(store.get(str(n), SPEC), make_states(n)) for n in range(number + 1))
+    assert not store.put("9", make_states(9))
+
+
+def test_nothing_can_be_removed_from_a_read_only_store(tmp_path, read_only):
+    with DiskKVStore(tmp_path) as writer:
+        writer.put("0", make_states(0))
+    store = read_only(tmp_path)
+    for remove in (store.clear, lambda: store.delete("0"), lambda: store.prune(older_than=0)):
+        with pytest.raises(StoreError, match="read-only"):
+            remove()
+    assert same(store.get("0", SPEC), make_states(0))
+
+
+def test_loads_do_not_try_again_and_again_to_write_down_uses(tmp_path, read_only, monkeypatch):
+    with DiskKVStore(tmp_path) as writer:
+        for number in range(40):
+            writer.put(str(number), make_states(number))
+    monkeypatch.setattr(usage, "MAX_PENDING", 5)
+    store, attempts = read_only(tmp_path), []
+    take = store._usage.take
+    monkeypatch.setattr(store._usage, "take", lambda: attempts.append(1) or take())
+    for number in range(40):
+        assert store.get(str(number), SPEC) is not None
+    assert 1 <= len(attempts) <= 8
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_no_memory_for_quantising_turns_storing_off(tmp_path, monkeypatch, caplog, error):
+    store = DiskKVStore(tmp_path, kv_dtype="int8", retry_after=0.0)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "quantize", fail)
+        for _ in range(3):
+            assert not store.put("k", make_states())
+    assert len(warnings_in(caplog)) == 1
+    assert store.put("k", make_states())
 
 
 @pytest.fixture
@@ -294,3 +384,43 @@ def test_directory_removed_under_a_running_store_means_misses(tmp_path, caplog):
     store.flush()
     assert same(store.get("1", SPEC), make_states(1))
     assert len(warnings_in(caplog)) <= 3
+
+
+def test_directory_made_again_under_a_running_store_is_the_new_store(tmp_path):
+    directory, limit = tmp_path / "kv", 6 * ENTRY
+    old = DiskKVStore(directory, limit)
+    for number in range(4):
+        old.put(str(number), make_states(number))
+    shutil.rmtree(directory)
+    new = DiskKVStore(directory, limit)
+    assert old.get("0", SPEC) is None
+    for number in range(4, 12):
+        assert old.put(f"old-{number % 2}", make_states(number))
+        assert new.put(f"new-{number % 2}", make_states(number))
+    for key in ("old-1", "new-1"):
+        assert same(old.get(key, SPEC), make_states(11))
+        assert same(new.get(key, SPEC), make_states(11))
+    assert bytes_of_entries(directory) == new.stats().bytes == old.stats().bytes <= limit
+    assert new.verify().clean
+
+
+def test_index_removed_under_a_running_store_is_rebuilt(tmp_path):
+    store = DiskKVStore(tmp_path)
+    for number in range(4):
+        store.put(str(number), make_states(number))
+    for path in tmp_path.glob("cache.db*"):
+        path.unlink()
+    assert all(same(store.get(str(n), SPEC), make_states(n)) for n in range(4))
+    assert store.verify().clean and (tmp_path / "cache.db").exists()
+
+
+def test_directory_made_again_by_somebody_else_is_not_used(tmp_path, caplog):
+    store = DiskKVStore(tmp_path / "kv", retry_after=0.0)
+    store.put("0", make_states(0))
+    shutil.rmtree(tmp_path / "kv")
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "kv").chmod(0o777)
+    assert store.get("0", SPEC) is None
+    assert not store.put("1", make_states(1))
+    assert list((tmp_path / "kv").iterdir()) == []
+    assert "trust_directory" in caplog.text

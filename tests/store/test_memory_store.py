@@ -44,6 +44,18 @@ def test_entry_beyond_the_budget_is_not_stored_and_evicts_nothing():
     assert store.contains("a")
 
 
+def test_put_in_vain_beside_pinned_entries_changes_nothing():
+    store = MemoryKVStore(6 * ENTRY)
+    for key in "abcdef":
+        store.put(key, make_states())
+    with store.pin("abc"):
+        for key in "xf":
+            assert not store.put(key, make_states(tokens=24))
+        assert all(same(store.get(key, spec_of()), make_states()) for key in "abcdef")
+        assert store.stats().evictions == 0
+    assert store.put("x", make_states(tokens=24))
+
+
 def test_bad_budget_is_a_clear_error():
     with pytest.raises(ConfigError, match="max_bytes"):
         MemoryKVStore("lots")

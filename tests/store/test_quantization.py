@@ -88,3 +88,21 @@ def test_values_beyond_float16_saturate(tmp_path):
     store.put("k", states)
     found = store.get("k", states.spec)
     assert found.keys[0].max() == 65504 and found.values[0].min() == -65504
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "value", "expected"),
+    [
+        (torch.float16, "bfloat16", 65500.0, 65504.0),
+        (torch.float16, "bfloat16", -65504.0, -65504.0),
+        (torch.bfloat16, "float16", 70144.0, 65536.0),
+        (torch.float32, "bfloat16", 3.4028e38, torch.finfo(torch.bfloat16).max),
+    ],
+)
+def test_rounding_makes_nothing_infinite(tmp_path, dtype, kv_dtype, value, expected):
+    tensor = torch.full((1, 4, 8), value, dtype=dtype)
+    store = DiskKVStore(tmp_path / "kv", kv_dtype=kv_dtype)
+    states = KVStates([tensor], [tensor])
+    store.put("k", states)
+    found = store.get("k", states.spec)
+    assert found.keys[0].unique().tolist() == found.values[0].unique().tolist() == [expected]

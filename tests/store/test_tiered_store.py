@@ -249,3 +249,36 @@ def test_work_is_done_in_order():
         background.submit(lambda number=number: (time.sleep(0.0005), order.append(number)), 4)
     background.flush()
     assert order == list(range(50))
+
+
+def test_waiting_writer_makes_patient_work_run_at_once(monkeypatch):
+    monkeypatch.setattr("ape_integrations.store.write_back._QUIET_SECONDS", 3600.0)
+    background, done = WriteBack(100), []
+    background.note_activity()
+    assert background.submit_patient(lambda: done.append("patient"), 60)
+    writer = threading.Thread(target=background.submit, args=(lambda: None, 60), daemon=True)
+    writer.start()
+    writer.join(20)
+    assert not writer.is_alive() and done == ["patient"]
+
+
+class FullMemory(MemoryKVStore):
+    """A tier that raises instead of storing."""
+
+    def put(self, *args: object, **kwargs: object) -> bool:
+        raise MemoryError
+
+    adopt = put
+
+
+def test_tier_that_raises_keeps_nothing_pending():
+    store = TieredKVStore(MemoryKVStore("1MB"), FullMemory("1MB"))
+    for number in range(3):
+        store.put(str(number), make_states(number))
+    store.flush()
+    assert not store._pending
+    assert same(store.get("0", SPEC), make_states(0))
+    store = TieredKVStore(FullMemory("1MB"), MemoryKVStore("1MB"))
+    with pytest.raises(MemoryError):
+        store.put("0", make_states())
+    assert not store._pending
