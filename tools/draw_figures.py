@@ -5,7 +5,9 @@ python tools/draw_figures.py            # writes docs/figures/*.svg
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -248,8 +250,9 @@ def _centred(drawing: Drawing, x: float, y: float, words: str, fill: str) -> Non
     drawing.text(x, y, words, fill, text_anchor="middle", font_weight=600)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write every figure in every theme."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, draw in (("attention", attention), ("request", request)):
         for theme, colours in THEMES.items():

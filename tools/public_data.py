@@ -16,13 +16,15 @@ import csv
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import bm25s
 
 LABELS = ("negative", "positive")
+
+T = TypeVar("T")
 
 
 def natural_questions(
@@ -40,6 +42,11 @@ def natural_questions(
         Questions to draw.
     random_ : random.Random
         Draws questions and places.
+
+    Raises
+    ------
+    ValueError
+        There are fewer questions.
     """
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         questions = [json.loads(line) for line in lines]
@@ -48,10 +55,10 @@ def natural_questions(
     passages = [f"{each['ctxs'][0]['title']}\n{each['ctxs'][0]['text']}" for each in questions]
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(passages, show_progress=False), show_progress=False)
-    for number in random_.sample(range(len(questions)), count):
+    for number in _sample(range(len(questions)), count, "--count", random_):
         question = questions[number]
         tokens = bm25s.tokenize(question["question"], show_progress=False)
-        ranked, _ = retriever.retrieve(tokens, k=100, show_progress=False)
+        ranked, _ = retriever.retrieve(tokens, k=min(100, len(passages)), show_progress=False)
         answers = [answer.lower() for answer in question["answers"]]
         found = [
             passages[other]
@@ -82,18 +89,29 @@ def sst2(
         Sentences to draw.
     random_ : random.Random
         Draws sentences and examples.
+
+    Raises
+    ------
+    ValueError
+        There are fewer sentences or examples.
     """
     pool: dict[str, list[str]] = {"0": [], "1": []}
     for sentence, label in _rows(train):
         pool[label].append(sentence)
-    for sentence, label in random_.sample(list(_rows(dev)), count):
+    for sentence, label in _sample(list(_rows(dev)), count, "--count", random_):
         drawn = [
             {"input": text, "output": name}
             for name, texts in zip(LABELS, pool.values(), strict=True)
-            for text in random_.sample(texts, examples // 2)
+            for text in _sample(texts, examples // 2, "--examples", random_)
         ]
         random_.shuffle(drawn)
         yield {"examples": drawn, "input": sentence, "answers": [LABELS[int(label)]]}
+
+
+def _sample(items: Sequence[T], count: int, option: str, random_: random.Random) -> list[T]:
+    if count > len(items):
+        raise ValueError(f"there are {len(items)} to draw {count} from: lower {option}")
+    return random_.sample(items, count)
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
@@ -101,7 +119,7 @@ def _rows(path: Path) -> Iterator[list[str]]:
         yield from csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print JSON Lines."""
     parser = argparse.ArgumentParser(description="Records of published data sets.")
     parser.add_argument("--seed", type=int, default=7)
@@ -124,8 +142,18 @@ def main() -> None:
             given.train, given.dev, given.examples, given.count, random_
         )
     )
-    given = parser.parse_args()
-    for record in given.draw(given, random.Random(given.seed)):
+    given = parser.parse_args(argv)
+    if min(given.count, getattr(given, "documents", 1), getattr(given, "examples", 2) // 2) < 1:
+        parser.error("--count and --documents must be at least 1, --examples at least 2")
+    try:
+        records = list(given.draw(given, random.Random(given.seed)))
+    except (OSError, EOFError) as error:
+        parser.error(f"cannot read the data set: {error}")
+    except ValueError as error:
+        parser.error(str(error))
+    except (KeyError, IndexError, TypeError) as error:
+        parser.error(f"this is not the data set that the tool is made for: {error!r}")
+    for record in records:
         print(json.dumps(record, ensure_ascii=False))
 
 

@@ -17,6 +17,7 @@ from ape_integrations.benchmark.report import print_growth, print_table, save_gr
 from ape_integrations.benchmark.runner import MODES, Benchmark, Workload
 from ape_integrations.benchmark.shapes import SHAPES, load_model
 from ape_integrations.errors import ConfigError
+from ape_integrations.outputs import check_folder, check_plot
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -91,6 +92,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if min(counts) < 1:
         raise ConfigError("Counts and lengths must be at least 1.")
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+    if arguments.directory is not None:
+        check_folder(arguments.directory, "--directory")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     results = _compare(arguments) if arguments.growth is None else _grow(arguments)

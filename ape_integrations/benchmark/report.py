@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ape_integrations.errors import MissingDependencyError
+from ape_integrations.outputs import check_plotting
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -103,12 +103,9 @@ def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     MissingDependencyError
         matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Plots need matplotlib: pip install 'ape-integrations[plot]'."
-        ) from error
+    check_plotting()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for mode in results[0]["modes"]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ape_integrations.chatbot.files import MAX_FILE_BYTES
+from ape_integrations.errors import ConfigError
 from ape_integrations.store.sizes import parse_size
 
 DEFAULT_PORT = 7860
@@ -48,7 +49,7 @@ def parse_arguments(description: str | None, default_folder: Path) -> argparse.N
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
     parser.add_argument(
         "--max-file-size",
-        type=parse_size,
+        type=_size,
         default=MAX_FILE_BYTES,
         help='larger files are left out, such as "50MB" (the default)',
     )
@@ -60,3 +61,10 @@ def parse_arguments(description: str | None, default_folder: Path) -> argparse.N
     if arguments.top_k is None:
         arguments.top_k = DEMO_TOP_K if arguments.default_files else TOP_K
     return arguments
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text, "--max-file-size")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

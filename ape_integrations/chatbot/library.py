@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections import deque
@@ -24,12 +25,16 @@ from ape_integrations.chatbot.files import (
     find_files,
 )
 from ape_integrations.chatbot.pipeline import Pipeline
-from ape_integrations.errors import ConfigError
+from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store.directory import default_directory
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+
+#: Where passages are kept in a store's directory, and the files there, drafts included.
+_FOLDER = "passages"
+_KEPT = re.compile(r"[0-9a-f]{32}\.json|tmp\w+\.part")
 
 #: Passages that are encoded before a waiting question gets its turn.
 _AT_ONCE = 8
@@ -73,7 +78,8 @@ class _File:
 class Library:
     """The passages of a folder's files, and of files added later. Thread-safe.
 
-    What was read is kept in the store's directory: the next start reads what has changed.
+    The text that was read is kept in clear in the store's directory, for its owner only: the next
+    start reads what has changed. :func:`forget_passages` removes it.
 
     Parameters
     ----------
@@ -119,7 +125,8 @@ class Library:
         self._max_file_bytes = max_file_bytes
         identity = json.dumps([_FORMAT, str(self.folder), pipeline.framework, key])
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._index_file = (directory or default_directory()) / "passages" / f"{name}.json"
+        store = (directory or default_directory()).expanduser()
+        self._index_file = store / _FOLDER / f"{name}.json"
         self._files: dict[str, _File] = {}
         self._problems: dict[str, str] = {}
         self._cold: deque[Passage] = deque()  # passages that are not warm yet
@@ -322,6 +329,34 @@ class Library:
             os.replace(file.name, self._index_file)
         except OSError as error:
             logger.warning("The index of %s could not be kept: %s", self.folder, error)
+
+
+def forget_passages(directory: Path) -> int:
+    """Remove the text that libraries have kept in a store's directory.
+
+    Parameters
+    ----------
+    directory : Path
+        The store's directory.
+
+    Returns
+    -------
+    int
+        How many folders of files it was read from.
+
+    Raises
+    ------
+    StoreError
+        A file cannot be removed.
+    """
+    folder = directory / _FOLDER
+    kept = [path for path in folder.glob("*") if _KEPT.fullmatch(path.name)]
+    try:
+        for path in kept:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"Cannot remove the passages in {folder}: {error.strerror}.") from error
+    return sum(path.suffix == ".json" for path in kept)
 
 
 def _without_source(passage: Passage) -> dict[str, Any]:

@@ -52,7 +52,13 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: the best there is.")]
-Seed = Annotated[int, typer.Option(help="Seed of the cases of --demo.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the cases of --demo.")]
+
+#: What --check takes from the report.
+_OF_THE_REPORT = (
+    *("demo", "data", "model", "samples", "seed", "template", "system", "completion", "example"),
+    *("split", "stop", "answer_pattern", "max_new_tokens", "dtype"),
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -62,6 +68,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     demo: Demo = False,
     data: Data = None,
     model: ModelName = None,
@@ -103,7 +110,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Run again what this JSON report was made with; status 1 if a mean leaves its "
-            "interval."
+            "interval. Of what to run, --mode, --kind and --contexts choose a part."
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Save a plot (PNG); needs matplotlib.")] = None,
@@ -116,18 +123,19 @@ def evaluate(
     from ape_integrations.evaluation.command import DEFAULT_MODES, report
     from ape_integrations.evaluation.metrics import LIKELIHOOD, check_metrics
     from ape_integrations.evaluation.report import (
-        check_plotting,
         disagreements,
         measured,
         print_report,
         save_plot,
     )
     from ape_integrations.evaluation.setup import Setup
+    from ape_integrations.outputs import check_plot
 
     known = None
     if check is not None:
-        known = _read_json(check)
-        setup, labels = Setup.from_json(known["setup"]), mode or list(known["modes"])
+        _refuse_beside_check(context)
+        known = _read_report(check)
+        setup, labels = Setup.from_json(known.get("setup")), _known_modes(known, mode)
         rows: dict[str, Any] = {"kinds": tuple(kind or ()), "contexts": tuple(contexts or ())}
         setup = replace(setup, **{name: chosen for name, chosen in rows.items() if chosen})
     else:
@@ -146,7 +154,7 @@ def evaluate(
     metrics = metric or (["exact_match", "f1", "rouge_l"] if setup.data else ["match"])
     check_metrics(metrics)
     if plot is not None:
-        check_plotting()
+        check_plot(plot)
     asked = {*metrics, *(measured(known) if known else ())}
     result = report(setup, labels, answers, likelihood=LIKELIHOOD in asked)
     if as_json:
@@ -280,16 +288,41 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_report(path: Path) -> Any:
+    from ape_integrations.evaluation.report import is_report
+
+    text = _read_text(path)
     try:
-        report = json.loads(_read_text(path))
-        return report if {"setup", "modes", "rows"} <= set(report) else _refuse(path)
-    except (ValueError, TypeError):
-        return _refuse(path)
+        report = json.loads(text)
+    except (ValueError, RecursionError):
+        report = None
+    if not is_report(report):
+        raise ConfigError(
+            f"{path} is no report of `ape-integrations eval --json` with a mean to compare. Name "
+            "one, or make it anew."
+        )
+    return report
 
 
-def _refuse(path: Path) -> None:
-    raise ConfigError(f"{path} is no report of `ape-integrations eval --json`.")
+def _known_modes(report: Any, labels: list[str] | None) -> list[str]:
+    """Return the modes to run again: those asked for, which the report must have, or all."""
+    for label in labels or ():
+        if label not in report["modes"]:
+            raise ConfigError(
+                f"Mode {label!r} is not in the report. Choose from: {', '.join(report['modes'])}."
+            )
+    return labels or list(report["modes"])
+
+
+def _refuse_beside_check(context: typer.Context) -> None:
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name in _OF_THE_REPORT and source is not None and source.name != "DEFAULT":
+            raise ConfigError(
+                f"{parameter.opts[0]} has no place beside --check, which asks as the report says. "
+                "Leave it out; --mode, --kind and --contexts choose a part of the report."
+            )
 
 
 def _say_whether_equal(disagreements: list[str]) -> None:
@@ -301,7 +334,9 @@ def _say_whether_equal(disagreements: list[str]) -> None:
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
     try:
-        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{text!r} is no list of numbers such as 0.8,0.9,1.") from None

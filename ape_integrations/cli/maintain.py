@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,11 +12,15 @@ from ape_integrations.cli.options import (
     AsJson,
     CacheDir,
     Trust,
+    existing_store,
     open_existing,
     parse_duration,
     print_json,
 )
 from ape_integrations.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ape_integrations.store.maintenance import VerifyReport
 
 
 def register(app: typer.Typer) -> None:
@@ -33,10 +38,15 @@ def verify(
 ) -> None:
     """Read every entry of a store and repair what is wrong.
 
+    With --no-repair nothing on disk changes; opening a store for use would mend it already.
+
     The status is 1 where something is wrong and was not repaired.
     """
-    with open_existing(cache_dir, trust) as store:
-        report = store.verify(repair=repair)
+    if repair:
+        with open_existing(cache_dir, trust) as store:
+            report = store.verify().including(store.mended)
+    else:
+        report = _inspect(existing_store(cache_dir, trust))
     if as_json:
         print_json({"clean": report.clean, **asdict(report)})
     else:
@@ -86,14 +96,25 @@ def clear(
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
-    """Remove all entries of a store."""
+    """Remove all entries of a store, and the passages that chatbots keep beside them."""
+    from ape_integrations.chatbot.library import forget_passages
+
     with open_existing(cache_dir, trust) as store:
         if not yes:
             count = store.stats().entries
             typer.confirm(f"Remove {count} entries from {store.directory}?", abort=True, err=True)
         removed = store.clear(all_namespaces=True)
         left = store.stats()
+        folders = forget_passages(store.directory)
+    if folders and not as_json:
+        typer.echo(f"Removed the passages that chatbots kept of {folders} folders.")
     _report_removed(removed, left.entries, left.bytes, as_json)
+
+
+def _inspect(directory: Path) -> VerifyReport:
+    from ape_integrations.store.maintenance import inspect_store
+
+    return inspect_store(directory)
 
 
 def _report_removed(removed: int, entries: int, nbytes: int, as_json: bool) -> None:

@@ -31,20 +31,33 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def open_existing(directory: Path | None, trust: bool) -> DiskKVStore:
-    """Open a store to look after it, without creating one.
+    """Open a store to look after it, without creating one; arguments as for `existing_store`."""
+    from ape_integrations.store import DiskKVStore
+
+    return DiskKVStore(existing_store(directory, trust), trust_directory=trust)
+
+
+def existing_store(directory: Path | None, trust: bool) -> Path:
+    """Return the directory of a store, without opening or creating one.
+
+    Parameters
+    ----------
+    directory : Path or None
+        None takes the user's cache directory.
+    trust : bool
+        Accept a directory that somebody else owns or can write to.
 
     Raises
     ------
     StoreError
-        If there is none.
+        If there is none, or if it is not to be trusted.
     """
-    from ape_integrations.store import DiskKVStore
-    from ape_integrations.store.directory import INDEX_FILE, default_directory
+    from ape_integrations.store.directory import INDEX_FILE, default_directory, prepare_directory
 
     path = directory.expanduser() if directory is not None else default_directory()
-    if not (path / INDEX_FILE).exists():
+    if not any((path / name).exists() for name in (INDEX_FILE, "entries")):
         raise StoreError(f"There is no store in {path}. Name its directory with --cache-dir.")
-    return DiskKVStore(path, trust_directory=trust)
+    return prepare_directory(path, trust)
 
 
 def parse_duration(text: str) -> float:

@@ -67,7 +67,7 @@ def list_entries(
     model: Annotated[
         str | None, typer.Option(help='Only entries of this model; "llama*" is a pattern.')
     ] = None,
-    limit: Annotated[int, typer.Option(help="Show so many at most, 0 for all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Show so many at most, 0 for all.")] = 0,
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ape_integrations.cli.options import AsJson, CacheDir, print_json
 from ape_integrations.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import BaseNode, Document
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +33,8 @@ def warm(
     """Encode files as a LlamaIndex pipeline with default prompts would read them.
 
     Files are cut by SentenceSplitter. What is stored already is left alone, so that a run that was
-    killed goes on where it was.
+    killed goes on where it was. Files that cannot be read are named; the status is 1 if that is all
+    of them.
     """
     from ape_integrations import APELLM, APECacheWarmer
 
@@ -38,14 +43,16 @@ def warm(
     missing = [str(path) for path in files if not path.exists()]
     if missing:
         raise ConfigError(f"There is no file or folder {missing[0]}.")
-    paths = [p for path in files for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-
-    from llama_index.core import SimpleDirectoryReader
-    from llama_index.core.node_parser import SentenceSplitter
-
-    documents = SimpleDirectoryReader(input_files=[p for p in paths if p.is_file()]).load_data()
-    splitter = SentenceSplitter(chunk_size=chunk_size, chunk_overlap=chunk_overlap)
-    nodes = splitter.get_nodes_from_documents(documents)
+    # A path is part of a node's text, and SimpleDirectoryReader(folder) makes it absolute.
+    given = [path.absolute() for path in files]
+    paths = [p for path in given for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    documents = _read([path for path in paths if path.is_file()])
+    if not documents:
+        raise ConfigError(
+            f"No file in {', '.join(map(str, files))} can be read. Name text files, or folders of "
+            "them."
+        )
+    nodes = _cut(documents, chunk_size, chunk_overlap)
     llm = APELLM(model_name=model, cache_dir=cache_dir)
     before = llm.generator.store.stats()
     APECacheWarmer(llm=llm, show_progress=not as_json)(nodes)
@@ -63,3 +70,30 @@ def warm(
     else:
         added = after.entries - before.entries
         typer.echo(f"{len(nodes)} nodes of {len(documents)} documents, {added} new entries.")
+
+
+def _read(paths: Sequence[Path]) -> list[Document]:
+    """Read files as SimpleDirectoryReader does, and name those that cannot be read."""
+    from llama_index.core import SimpleDirectoryReader
+
+    documents: list[Document] = []
+    for path in paths:
+        reader = SimpleDirectoryReader(input_files=[path], raise_on_error=True)
+        try:
+            documents += reader.load_data()
+        except Exception as error:  # readers raise whatever they like
+            typer.echo(f"{path} cannot be read: {error.__cause__ or error}", err=True)
+    return documents
+
+
+def _cut(documents: Sequence[Document], chunk_size: int, chunk_overlap: int) -> list[BaseNode]:
+    from llama_index.core.node_parser import SentenceSplitter
+
+    splitter = SentenceSplitter(chunk_size=chunk_size, chunk_overlap=chunk_overlap)
+    try:
+        return splitter.get_nodes_from_documents(documents)
+    except ValueError as error:
+        raise ConfigError(
+            f"--chunk-size {chunk_size} is too small: the path of a file is part of its nodes and "
+            "leaves no room for text. Give a larger one."
+        ) from error

@@ -97,7 +97,7 @@ class AnswerLog:
         try:
             first, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
             settings = first["settings"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is no file of answers (its first line holds no settings, or a line is not "
                 "JSON). Name another file, or delete it."
@@ -107,15 +107,25 @@ class AnswerLog:
                 f"{path} holds answers under other settings: "
                 f"{_differences(settings, self._settings)}. Name another file, or set them alike."
             )
-        for line in lines:
-            if "mode" in line:
-                self._modes[line["mode"]] = line["description"]
-            else:
-                key = line.pop("case"), line.pop("answer_of")
-                self._answers[key] = Answer(**line)
+        for number, line in enumerate(lines, 2):
+            try:
+                self._take(line)
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ConfigError(
+                    f"{path}, line {number}: this is no answer that `ape-integrations eval` has "
+                    "written. Delete the line, or name another file."
+                ) from error
         if len(whole) < len(text):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
+
+    def _take(self, line: Any) -> None:
+        """Take over a line of the file."""
+        if "mode" in line:
+            self._modes[line["mode"]] = {"config": None, **line["description"]}
+        else:
+            key = line.pop("case"), line.pop("answer_of")
+            self._answers[key] = Answer(**line)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

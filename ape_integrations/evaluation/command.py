@@ -8,17 +8,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ape_integrations.core import tuned
 from ape_integrations.core.fingerprint import model_fingerprint
 from ape_integrations.core.tuned import TunedSettings, known_as, save_tuned
-from ape_integrations.errors import ConfigError
+from ape_integrations.errors import ConfigError, ContextWindowError
 from ape_integrations.evaluation.answers import AnswerLog
 from ape_integrations.evaluation.metrics import LIKELIHOOD, score_answer
 from ape_integrations.evaluation.modes import Mode, Runner, parse_mode
 from ape_integrations.evaluation.prompts import Case
 from ape_integrations.evaluation.runner import run, summarise, versions
 from ape_integrations.evaluation.setup import TUNING_GRID, Session, Setup
-from ape_integrations.evaluation.tuning import SCALES, TEMPERATURES, Scores, as_json
+from ape_integrations.evaluation.tuning import SCALES, TEMPERATURES, Scores, as_json, check_grid
 from ape_integrations.evaluation.tuning import tune as choose
+from ape_integrations.outputs import check_file
 
 DEFAULT_MODES = ("sequential", "parallel", "prefix", "ape")
 
@@ -99,9 +101,16 @@ def tune_model(
         What was measured.
     path : Path
         Where it was saved.
+
+    Raises
+    ------
+    ConfigError
+        A setting is wrong, there are too few cases, or the result could not be saved.
     """
+    _check_out(out)
     session = Session(setup, TUNING_GRID)
     cases = [case for row in session.rows() for case in row]
+    check_grid(len(cases), folds, temperatures, scales)
     expected = len(temperatures) + len(scales)
     scores = model_scores(session.runner, cases, metric, setup.pattern, expected=expected)
     tuning = choose(scores, temperatures=temperatures, scales=scales, folds=folds, seed=setup.seed)
@@ -115,6 +124,19 @@ def tune_model(
         report={"setup": setup.as_json(), **result},
     )
     return result, save_tuned(settings, out)
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse to start what cannot be saved in the end."""
+    path = out or tuned.tuned_directory() / "settings.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot make the folder {path.parent}: {error.strerror}. Choose another place with "
+            "--out."
+        ) from error
+    check_file(path, "--out")
 
 
 def model_scores(
@@ -163,7 +185,13 @@ def model_scores(
 
 def _score(runner: Runner, mode: Mode, case: Case, metric: str, pattern: str | None) -> float:
     if metric == LIKELIHOOD:
-        return runner.likelihood(mode, case)
+        try:
+            return runner.likelihood(mode, case)
+        except ContextWindowError as error:
+            raise ConfigError(
+                "A prompt and its accepted answer do not fit the model's positions: tune on "
+                "shorter ones."
+            ) from error
     text = runner.answer(mode, case).text
     if text is None:
         raise ConfigError("A prompt does not fit the model's positions: tune on shorter ones.")

@@ -163,6 +163,9 @@ class Answer:
         Seconds it took to encode the contexts, where they had to be.
     likelihood : float or None
         See :meth:`Runner.likelihood`; None where nobody asked for it.
+    too_long : bool
+        Whether there is no likelihood because the accepted answer does not fit the model behind the
+        prompt.
     """
 
     text: str | None
@@ -171,6 +174,7 @@ class Answer:
     tokens: int = 0
     encode: float | None = None
     likelihood: float | None = None
+    too_long: bool = False
 
 
 class _GivenAnswer(LogitsProcessor):
@@ -238,7 +242,7 @@ class Runner:
         Raises
         ------
         ContextWindowError
-            The prompt does not fit the model.
+            Prompt and answer do not fit the model.
         """
         generator, prompt = self._asked(mode, case)
         gap = "" if case.query[-1:].isspace() else " "

@@ -20,6 +20,10 @@ _TEXT = ("text", "page_content", "content", "paragraph_text", "passage", "body")
 DEFAULT_SPLIT = r"(?m)^(?=Passage \d+:)"
 DEFAULT_EXAMPLE = "Question: {input}\nAnswer: {output}"
 
+_TOO_DEEP = (
+    "lists and objects stand too deep inside each other. Write {question, contexts, answers}."
+)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -85,6 +89,8 @@ def read_records(
             records.append(_record(value, split, example))
         except ConfigError as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
+        except RecursionError:
+            raise ConfigError(f"{path}, line {number}: {_TOO_DEEP}") from None
     if not records:
         raise ConfigError(f"{path} holds no record: write one JSON object a line.")
     return records
@@ -97,19 +103,25 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
     if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), 1)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}.") from error
+        yield from enumerate(_parsed(text, path, 1), 1)
         return
     # Not splitlines(): JSON strings may hold other line separators than this one.
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON: {error.msg}.") from error
+        if line.strip():
+            yield number, _parsed(line, path, number)
+
+
+def _parsed(text: str, path: Path, first: int) -> Any:
+    """Return the value that a text stands for, which begins at some line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first + error.lineno - 1
+        raise ConfigError(f"{path}, line {line}: not JSON: {error.msg}.") from error
+    except RecursionError:
+        raise ConfigError(f"{path}, line {first}: {_TOO_DEEP}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}, line {first}: cannot be read: {error}.") from error
 
 
 def _record(value: Any, split: str, example: str) -> Record:
@@ -145,7 +157,12 @@ def _contexts(value: Any, split: str) -> list[str]:
     if isinstance(value, Mapping):
         columns = [column for column in value.values() if isinstance(column, list)]
         if len(columns) == len(value) == 2:  # HotpotQA: all titles, all lists of sentences
-            return [_text(list(pair)) for pair in zip(*columns, strict=False)]
+            if len(columns[0]) != len(columns[1]):
+                raise ConfigError(
+                    f"{' and '.join(value)} must be as many as each other, not "
+                    f"{len(columns[0])} and {len(columns[1])}."
+                )
+            return [_text(list(pair)) for pair in zip(*columns, strict=True)]
         return [_text(value)]
     return [_text(each) for each in _listed(value)]
 
@@ -174,9 +191,11 @@ def _example(value: Any, form: str) -> str:
         given, output = _field(value, ("input", "question", "query")), _field(value, _ANSWERS)
     else:
         raise ConfigError(f"an example must be a string, a pair or an object, not {_kind(value)}.")
-    output = _answers(output)[0]
+    outputs = _answers(output)
+    if not outputs:
+        raise ConfigError("the output of an example must hold a text, not an empty list.")
     # One pass: an input may itself hold "{output}".
-    parts = {"{input}": str(given), "{output}": output}
+    parts = {"{input}": str(given), "{output}": outputs[0]}
     return re.sub(r"\{input\}|\{output\}", lambda found: parts[found[0]], form)
 
 

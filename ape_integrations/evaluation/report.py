@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ape_integrations.errors import MissingDependencyError
-from ape_integrations.evaluation.metrics import METRICS
+from ape_integrations.evaluation.metrics import LIKELIHOOD, METRICS
+from ape_integrations.outputs import check_plotting
 
 Report = Mapping[str, Any]
 
@@ -52,6 +51,12 @@ def print_report(report: Report, metrics: Sequence[str], console: Console | None
                     f"{row['task']}, {label}: {left_out} of {row['cases']} prompts do not fit the "
                     "model; they count in no score of this mode."
                 )
+            if too_long := figures.get("too_long", 0):
+                console.print(
+                    f"{row['task']}, {label}: {too_long} of {row['cases']} accepted answers do not "
+                    f"fit the model behind their prompts; they count in no {LIKELIHOOD} of this "
+                    "mode."
+                )
 
 
 def _console() -> Console:
@@ -61,12 +66,12 @@ def _console() -> Console:
 
 
 def _cells(figures: Mapping[str, Any], metric: str) -> list[str]:
-    if not figures["answered"]:
+    if metric not in figures:
         return ["-"] * len(_COLUMNS)
     score = figures[metric]
     cells = [f"{100 * score['mean']:.1f}", f"{100 * score['low']:.1f} {100 * score['high']:.1f}"]
     against = figures.get("against_sequential")
-    if against is None:
+    if against is None or metric not in against:
         return [*cells, "", "", "", seconds(figures["first_token"]), ""]
     d, kept = against[metric]["difference"], against[metric]["kept"]
     return [
@@ -82,18 +87,6 @@ def _cells(figures: Mapping[str, Any], metric: str) -> list[str]:
 def seconds(value: float) -> str:
     """Write a duration in the unit that suits it."""
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def check_plotting() -> None:
-    """Refuse to start what cannot be plotted in the end.
-
-    Raises
-    ------
-    MissingDependencyError
-        matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError("Plots need matplotlib: pip install 'ape-integrations[plot]'.")
 
 
 def save_plot(report: Report, metric: str, path: Path) -> None:
@@ -127,7 +120,7 @@ def _draw(panel: Any, task: str, rows: Sequence[Mapping[str, Any]], metric: str)
         points = [
             (row["documents"], row["modes"][label][metric])
             for row in rows
-            if row["modes"][label]["answered"]
+            if metric in row["modes"][label]
         ]
         if not points:
             continue
@@ -153,27 +146,59 @@ def disagreements(old: Report, new: Report) -> list[str]:
     Parameters
     ----------
     old, new : dict
-        Reports of the same cases; rows and modes that only one of them has are left out.
+        The report, and its rerun; rows and modes that the rerun lacks are left out.
 
     Returns
     -------
     list of str
-        One sentence for each.
+        One sentence for each, and for what the rerun has and cannot be compared: a row or a mode of
+        its own, a metric that nothing could be scored by any more, a mode without any mean.
     """
+    earlier = {(row["task"], row["documents"]): row["modes"] for row in old["rows"]}
+    compared: dict[str, int] = {label: 0 for row in new["rows"] for label in row["modes"]}
     found = []
-    for before, after in _pairs(old["rows"], new["rows"]):
-        for label, figures in after["modes"].items():
-            known = before["modes"].get(label, {})
-            for metric in METRICS:
-                if metric not in known or metric not in figures:
-                    continue
-                mean, interval = figures[metric]["mean"], known[metric]
-                if not interval["low"] <= mean <= interval["high"]:
-                    found.append(
-                        f"{after['task']}, {after['documents']} contexts, {label}: {metric} is "
-                        f"{mean:.3f}, outside [{interval['low']:.3f}, {interval['high']:.3f}]"
-                    )
+    for row in new["rows"]:
+        modes = earlier.get((row["task"], row["documents"]))
+        if modes is None:
+            found.append(f"{_place(row)}: not compared, the earlier report has no such row")
+            continue
+        for label, figures in row["modes"].items():
+            known = modes.get(label, {})
+            found += [f"{_place(row)}, {label}: {each}" for each in _changes(known, figures)]
+            compared[label] += len(METRICS.keys() & known.keys() & figures.keys())
+    return found + [
+        f"{label}: not compared, there is no mean of it in both reports"
+        for label, means in compared.items()
+        if not means
+    ]
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['task']}, {row['documents']} contexts"
+
+
+def _changes(known: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
+    """Return what has changed in one mode of one row."""
+    found = []
+    for metric in METRICS:
+        if metric not in known:
+            continue
+        low, high = (float(known[metric][end]) for end in ("low", "high"))
+        if metric not in figures:
+            found.append(f"{metric} was not compared, no prompt and answer fits the model")
+        elif not low <= figures[metric]["mean"] <= high:
+            mean = figures[metric]["mean"]
+            found.append(f"{metric} is {mean:.3f}, outside [{low:.3f}, {high:.3f}]")
     return found
+
+
+def is_report(report: Any) -> bool:
+    """Tell whether a value is a report with a mean that a rerun can be compared with."""
+    try:
+        disagreements(report, report)
+        return bool(measured(report) and list(report["modes"].keys()))
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return False
 
 
 def measured(report: Report) -> set[str]:
@@ -185,14 +210,6 @@ def measured(report: Report) -> set[str]:
         for metric in METRICS
         if metric in figures
     }
-
-
-def _pairs(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    known = {(row["task"], row["documents"]): row for row in old}
-    keys = [(row["task"], row["documents"]) for row in new]
-    return [(known[key], row) for key, row in zip(keys, new, strict=True) if key in known]
 
 
 def print_tuning(result: Mapping[str, Any], console: Console | None = None) -> None:

@@ -12,6 +12,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ape_integrations.core.fingerprint import model_fingerprint
+from ape_integrations.errors import ContextWindowError
 from ape_integrations.evaluation.answers import AnswerLog
 from ape_integrations.evaluation.metrics import LIKELIHOOD, METRICS, score_answer
 from ape_integrations.evaluation.modes import Answer, Mode, Runner
@@ -76,7 +77,7 @@ def run(
         for case, mode in open_steps:
             answer = runner.answer(mode, case)
             if likelihood and answer.text is not None:
-                answer = replace(answer, likelihood=runner.likelihood(mode, case))
+                answer = _with_likelihood(runner, mode, case, answer)
             log.add(case, mode, answer)
             progress.update()
 
@@ -84,7 +85,14 @@ def run(
 def _answered(answer: Answer | None, likelihood: bool) -> bool:
     if answer is None or answer.text is None:
         return answer is not None
-    return answer.likelihood is not None or not likelihood
+    return answer.likelihood is not None or answer.too_long or not likelihood
+
+
+def _with_likelihood(runner: Runner, mode: Mode, case: Case, answer: Answer) -> Answer:
+    try:
+        return replace(answer, likelihood=runner.likelihood(mode, case))
+    except ContextWindowError:
+        return replace(answer, too_long=True)
 
 
 def _rotated(modes: Sequence[Mode], number: int) -> list[Mode]:
@@ -156,11 +164,16 @@ def summarise(
     return summary
 
 
-def _scores(case: Case, answer: Answer, pattern: str | None) -> dict[str, float] | None:
+#: By metric; None is a likelihood that was asked for and that the model cannot give.
+CaseScores = dict[str, float | None]
+Scores = list[CaseScores | None]
+
+
+def _scores(case: Case, answer: Answer, pattern: str | None) -> CaseScores | None:
     if answer.text is None:
         return None
-    scores = score_answer(answer.text, case.answers, pattern)
-    if answer.likelihood is not None:
+    scores: CaseScores = {**score_answer(answer.text, case.answers, pattern)}
+    if answer.likelihood is not None or answer.too_long:
         scores[LIKELIHOOD] = answer.likelihood
     return scores
 
@@ -169,34 +182,36 @@ def _median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 5)
 
 
-Scores = list[dict[str, float] | None]
-
-
 def _mode_summary(
     label: str, answers: Mapping[str, list[Answer]], scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
     """Return figures of one mode in one row.
 
-    ``answered`` cases; ``first_token`` and ``total``, median seconds; each metric's mean; and, if
-    there is a sequential run, ``against_sequential``: over the cases that both answered, the ratio
-    of seconds to the first token, and per metric the paired difference and the share kept.
+    ``answered`` cases; ``too_long``, if there are any, whose accepted answer has no likelihood;
+    ``first_token`` and ``total``, median seconds; each metric's mean; and, if there is a sequential
+    run, ``against_sequential``: over the cases that both answered, the ratio of seconds to the
+    first token, and per metric the paired difference and the share kept.
     """
     given = [answer for answer in answers[label] if answer.text is not None]
     row: dict[str, Any] = {"answered": len(given)}
     if not given:
         return row
+    if too_long := sum(answer.too_long for answer in given):
+        row["too_long"] = too_long
     row["prompt_tokens"] = round(sum(a.tokens for a in given) / len(given), 1)
     row["first_token"] = _median([a.first_token for a in given])
     row["total"] = _median([a.total for a in given])
     known = [score for score in scores[label] if score is not None]
     for metric in _common(known):
-        row[metric] = mean_estimate([score[metric] for score in known]).as_json()
+        values = [value for score in known if (value := score[metric]) is not None]
+        if values:
+            row[metric] = mean_estimate(values).as_json()
     if BASE in answers and label != BASE:
         row["against_sequential"] = _against(label, answers, scores)
     return row
 
 
-def _common(scores: Sequence[Mapping[str, float]]) -> list[str]:
+def _common(scores: Sequence[CaseScores]) -> list[str]:
     """Return the metrics that all scores have."""
     return [metric for metric in METRICS if all(metric in score for score in scores)]
 
@@ -218,9 +233,15 @@ def _against(
         "first_token": round(_median([p[2] for p in both]) / _median([p[3] for p in both]), 4),
     }
     for metric in _common([score for pair in both for score in pair[:2]]):
-        base = [p[1][metric] for p in both]
-        difference = paired_difference([p[0][metric] for p in both], base)
-        kept = share_kept(difference, sum(base) / len(base))
+        pairs = [
+            (mine, base)
+            for p in both
+            if (mine := p[0][metric]) is not None and (base := p[1][metric]) is not None
+        ]
+        if not pairs:
+            continue
+        difference = paired_difference(*zip(*pairs, strict=True))
+        kept = share_kept(difference, sum(base for _, base in pairs) / len(pairs))
         result[metric] = {
             "difference": difference.as_json(),
             "kept": kept.as_json() if kept is not None else None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import ape_integrations
 from ape_integrations.core.generator import APEGenerator
@@ -86,6 +87,10 @@ class Setup:
             check_pattern(getattr(self, name))
         if self.dtype not in (None, *_DTYPES):
             raise ConfigError(f"Unknown dtype {self.dtype!r}. Choose from: {', '.join(_DTYPES)}.")
+        if self.seed < 0:
+            raise ConfigError(f"The seed must not be negative; {self.seed} is.")
+        if self.max_new_tokens < 1 or (self.samples is not None and self.samples < 1):
+            raise ConfigError("Samples and new tokens must be at least 1.")
         if (self.kinds or self.contexts) and self.data:
             raise ConfigError("--kind and --contexts choose rows of --demo; a file has none.")
 
@@ -98,12 +103,16 @@ class Setup:
         ConfigError
             It is not the setup of this version of the package.
         """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
+        hints = get_type_hints(cls)
+        if not isinstance(values, Mapping) or set(values) != {field.name for field in fields(cls)}:
             raise ConfigError("The report comes from another version: its setup is not known.")
         lists: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
+        wrong = [name for name, value in lists.items() if not _fits(value, hints[name])]
+        if wrong:
+            name = wrong[0]
+            raise ConfigError(f"The report's setup is damaged: {name} cannot be {values[name]!r}.")
         return cls(**lists)
 
     def as_json(self) -> dict[str, Any]:
@@ -114,6 +123,15 @@ class Setup:
     def model_name(self) -> str:
         """The model's name, as reports show it."""
         return self.model or DEMO_MODEL_NAME
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of a type, of which a union or a tuple may be made."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    return type(value) is hint
 
 
 class Session:

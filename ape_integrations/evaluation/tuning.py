@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,12 +94,12 @@ def tune(
     Raises
     ------
     ConfigError
-        Fewer than ten cases or than two folds, or a grid without values.
+        See :func:`check_grid`.
     """
     default = (APEConfig().attention_temperature, APEConfig().scaling_factor)
     table = _Table(scores)
     base = table(*default)
-    _check(len(base), folds, temperatures, scales)
+    check_grid(len(base), folds, temperatures, scales)
     random = np.random.default_rng(seed)
     order = random.permutation(len(base))
     gains = np.zeros(len(base))
@@ -155,7 +155,24 @@ def _choose(
     return best([(temperature, 1.0), *((temperature, s) for s in scales), default])
 
 
-def _check(cases: int, folds: int, temperatures: Sequence[float], scales: Sequence[float]) -> None:
+def check_grid(
+    cases: int, folds: int, temperatures: Sequence[float], scales: Sequence[float]
+) -> None:
+    """Refuse what cannot be tuned.
+
+    Parameters
+    ----------
+    cases : int
+        Size of the sample.
+    folds, temperatures, scales
+        See :func:`tune`.
+
+    Raises
+    ------
+    ConfigError
+        Fewer than ten cases or than two folds, more folds than cases, or a grid that is empty or
+        holds a T or S out of range.
+    """
     if cases < MIN_CASES:
         raise ConfigError(
             f"Tuning needs at least {MIN_CASES} cases, better 100 and more; there are {cases}."
@@ -164,6 +181,10 @@ def _check(cases: int, folds: int, temperatures: Sequence[float], scales: Sequen
         raise ConfigError(f"There must be between 2 and {cases} folds, not {folds}.")
     if not temperatures or not scales:
         raise ConfigError("The grid needs at least one T and one S.")
+    for temperature in temperatures:
+        replace(APEConfig(), attention_temperature=temperature)  # refuses what is out of range
+    for scale in scales:
+        replace(APEConfig(), scaling_factor=scale)
 
 
 def as_json(tuning: Tuning, metric: str) -> dict[str, Any]:

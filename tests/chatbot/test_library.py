@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ape_integrations.chatbot import Library
+from ape_integrations.chatbot.library import forget_passages
 from ape_integrations.errors import ConfigError
 from tests.chatbot.conftest import Echo
 
@@ -201,3 +202,25 @@ def test_an_index_that_cannot_be_written_costs_the_next_start_only(
 def test_no_thread_is_left(echo: Echo, open_library: Open) -> None:
     open_library(echo)
     assert not [t for t in threading.enumerate() if t.name == "chat-library"]
+
+
+def test_forgotten_passages_are_read_again(echo: Echo, open_library: Open, tmp_path: Path) -> None:
+    open_library(echo)
+    folder = tmp_path / "cache" / "passages"
+    assert "Douro" in next(folder.iterdir()).read_text()
+    (folder / "tmp_killed0.part").write_text("Porto")
+    assert forget_passages(tmp_path / "cache") == 1
+    assert list(folder.iterdir()) == []
+    assert forget_passages(tmp_path / "cache") == 0
+    assert forget_passages(tmp_path / "nowhere") == 0
+    second = Echo()
+    open_library(second)
+    assert second.reads == ["porto.txt"]
+
+
+def test_a_home_directory_is_that_of_the_store(
+    echo: Echo, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Library(echo, folder, directory=Path("~/kv")).read()
+    assert len(list((tmp_path / "kv" / "passages").iterdir())) == 1

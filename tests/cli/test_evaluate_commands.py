@@ -14,6 +14,8 @@ from ape_integrations.core import tuned
 from ape_integrations.core.config import APEConfig
 from ape_integrations.errors import ConfigError
 from ape_integrations.evaluation.metrics import LIKELIHOOD, METRICS
+from ape_integrations.evaluation.modes import Runner
+from ape_integrations.evaluation.setup import Setup
 from tests.models import byte_tokenizer, tiny_model
 
 DATA = Path(__file__).parent.parent / "data"
@@ -110,6 +112,79 @@ def test_report_is_checked_by_running_it_again(tmp_path: Path) -> None:
     assert "few-shot, 4 contexts, prefix: match is" in result.stderr
 
 
+def _few_shot_report(path: Path) -> dict[str, Any]:
+    """Save a report of one row and mode; return it."""
+    arguments = ("--demo", "--samples", "2", "--kind", "few-shot", "--contexts", "4")
+    report: dict[str, Any] = _report(*arguments, "--mode", "prefix")
+    path.write_text(json.dumps(report))
+    return report
+
+
+def test_check_fails_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    data, saved = tmp_path / "q.jsonl", tmp_path / "report.json"
+    value = {"question": "Where?", "contexts": ["Argent is in Geneva."], "answers": ["Geneva"]}
+    data.write_text(json.dumps(value))
+    arguments = ("--data", str(data), "--mode", "ape", "--max-new-tokens", "2")
+    saved.write_text(json.dumps(_report(*arguments)))
+    assert _run("eval", "--check", str(saved)).exit_code == 0
+    data.write_text(json.dumps({**value, "question": "Where? " + "word " * 9_000}))
+    unanswered = _run("eval", "--check", str(saved))
+    assert unanswered.exit_code == 1
+    assert "ape: not compared, there is no mean of it in both reports" in unanswered.stderr
+    data.write_text(json.dumps({**value, "contexts": ["Argent.", "Geneva."]}))
+    other = _run("eval", "--check", str(saved))
+    assert other.exit_code == 1
+    assert "q, 2.0 contexts: not compared" in other.stderr
+
+
+def test_check_refuses_what_the_report_decides(tmp_path: Path) -> None:
+    saved = tmp_path / "report.json"
+    _few_shot_report(saved)
+    for option, value in (
+        ("--model", "/other"),
+        ("--samples", "3"),
+        ("--data", "nofile"),
+        ("--max-new-tokens", "48"),
+        ("--dtype", "auto"),
+    ):
+        with pytest.raises(ConfigError, match=f"{option} has no place beside --check"):
+            _run("eval", "--check", str(saved), option, value)
+    with pytest.raises(ConfigError, match="Mode 'ape' is not in the report"):
+        _run("eval", "--check", str(saved), "--mode", "ape")
+
+
+def test_check_refuses_a_damaged_report(tmp_path: Path) -> None:
+    saved = tmp_path / "report.json"
+    report = _few_shot_report(saved)
+    for changed, message in (
+        ({"rows": []}, "with a mean to compare"),
+        ({"modes": []}, "with a mean to compare"),
+        ({"setup": 1}, "its setup is not known"),
+        ({"setup": {**report["setup"], "seed": "x"}}, "damaged: seed cannot be 'x'"),
+        ({"setup": {**report["setup"], "samples": [1]}}, r"damaged: samples cannot be \[1\]"),
+        ({"setup": {**report["setup"], "kinds": [1]}}, r"damaged: kinds cannot be \[1\]"),
+        ({"setup": {**report["setup"], "max_new_tokens": 0}}, "at least 1"),
+    ):
+        saved.write_text(json.dumps({**report, **changed}))
+        with pytest.raises(ConfigError, match=message):
+            _run("eval", "--check", str(saved))
+    with pytest.raises(ConfigError, match=r"Cannot read .*nowhere"):
+        _run("eval", "--check", str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        ("no/folder/plot.png", "Cannot write into no/folder: No such file"),
+        ("plot.xyz", "must end in one of .png"),
+        ("plot", "must end in one of .png"),
+    ],
+)
+def test_plot_that_cannot_be_saved_is_refused_first(plot: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run("eval", "--demo", "--model", "/nowhere", "--plot", plot)
+
+
 def test_bad_line_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"question": "Who?", "contexts": ["a"], "answers": "b"}\n{"question": 1}\n')
@@ -175,6 +250,7 @@ def test_tune_can_go_by_the_likelihood(tmp_path: Path) -> None:
     [
         ([], "--demo"),
         (["--demo", "--temperature", "warm"], "no list of numbers"),
+        (["--demo", "--temperature", ","], "no list of numbers"),
         (["--demo", "--metric", "bleu"], "Unknown metric"),
         (["--data", QUESTIONS], "at least 10 cases"),
     ],
@@ -182,3 +258,32 @@ def test_tune_can_go_by_the_likelihood(tmp_path: Path) -> None:
 def test_tune_refuses_bad_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _run("tune", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--folds", "50"], "between 2 and 12 folds, not 50"),
+        (["--temperature", "nan"], "attention_temperature must lie in"),
+        (["--scale", "9"], "scaling_factor must"),
+        (["--out", "folder"], "folder is a folder. Name a file with --out"),
+        (["--out", "file/x"], "Cannot make the folder file"),
+    ],
+)
+def test_tune_refuses_before_it_scores(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    monkeypatch.setattr(Runner, "answer", lambda *_: pytest.fail("It scores already."))
+    out = [] if "--out" in arguments else ["--out", "tuned.json"]
+    with pytest.raises(ConfigError, match=message):
+        _run("tune", "--demo", "--samples", "6", "--kind", "single", *arguments, *out)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_negative_seed_is_refused() -> None:
+    assert _run("tune", "--demo", "--seed", "-1").exit_code == 2
+    with pytest.raises(ConfigError, match="seed must not be negative"):
+        Setup(seed=-1)

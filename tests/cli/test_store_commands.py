@@ -11,10 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ape_integrations.chatbot import Library
 from ape_integrations.cli import app, main
 from ape_integrations.cli.options import parse_duration
 from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store import DiskKVStore, KVStates
+from tests.chatbot.conftest import Echo
 
 COMMAND = [sys.executable, "-m", "ape_integrations.cli"]
 
@@ -75,6 +77,44 @@ def test_verify_reports_and_repairs(directory):
     assert run_json("verify", "--cache-dir", directory)["checked"] == 3
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def leave_orphan(directory: Path) -> str:
+    orphan = next((directory / "entries").glob("??/*.kv")).with_name("0" * 30 + ".kv")
+    orphan.write_bytes(b"half")
+    return str(orphan.relative_to(directory))
+
+
+@pytest.mark.parametrize("damage", ["none", "garbage", "empty", "missing"])
+def test_verify_without_repair_changes_nothing(directory, damage):
+    orphan, index = leave_orphan(directory), directory / "cache.db"
+    if damage == "missing":
+        index.unlink()
+    elif damage != "none":
+        index.write_bytes(b"garbage" * 999 if damage == "garbage" else b"")
+    before = contents(directory)
+    result = run("verify", "--no-repair", "--json", "--cache-dir", directory)
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and not report["clean"] and not report["repaired"]
+    assert contents(directory) == before
+    if damage == "none":
+        assert report["checked"] == 4 and report["orphans"] == [orphan]
+    else:
+        assert report["index_errors"] and report["orphans"] == []
+
+
+def test_verify_reports_what_opening_mended(directory):
+    orphan = leave_orphan(directory)
+    report = run_json("verify", "--cache-dir", directory)
+    assert report["orphans"] == [orphan] and report["repaired"] and not report["clean"]
+    (directory / "cache.db").write_bytes(b"garbage" * 999)
+    report = run_json("verify", "--cache-dir", directory)
+    assert report["checked"] == 4 and len(report["index_errors"]) == 1
+    assert run_json("verify", "--cache-dir", directory)["clean"]
+
+
 def test_prune_by_model_age_and_size(directory):
     assert run_json("prune", "--model", "qwen*", "--cache-dir", directory)["removed"] == 1
     assert run_json("prune", "--older-than", "1d", "--cache-dir", directory)["removed"] == 0
@@ -95,6 +135,26 @@ def test_clear_asks_first(directory):
     assert refused.exit_code == 1
     assert run_json("stats", "--cache-dir", directory)["entries"] == 4
     assert run_json("clear", "--yes", "--cache-dir", directory)["removed"] == 4
+
+
+def test_clear_removes_the_text_that_chatbots_keep(directory, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "porto.txt").write_text("Porto lies on the Douro.")
+    Library(Echo(), tmp_path / "files", directory=directory).read()
+    own = directory / "passages" / "notes.txt"
+    own.write_text("Porto.")
+    assert len(list(own.parent.iterdir())) == 2
+    run_json("prune", "--to-size", "1B", "--cache-dir", directory)
+    assert len(list(own.parent.iterdir())) == 2
+    result = run("clear", "--yes", "--cache-dir", directory)
+    assert "Removed the passages" in result.stdout
+    assert [path.name for path in own.parent.iterdir()] == ["notes.txt"]
+    assert "Removed the passages" not in run("clear", "--yes", "--cache-dir", directory).stdout
+
+
+def test_list_refuses_a_negative_limit(directory):
+    result = run("list", "--limit", "-3", "--cache-dir", directory)
+    assert result.exit_code == 2 and "--limit" in result.stderr
 
 
 def test_looking_at_a_store_that_does_not_exist_creates_none(tmp_path):

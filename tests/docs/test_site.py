@@ -62,6 +62,6 @@ def test_figures_are_what_the_script_draws(tmp_path: Path, monkeypatch: pytest.M
 
     drawn = {file.name: file.read_text("utf-8") for file in draw_figures.FOLDER.glob("*.svg")}
     monkeypatch.setattr(draw_figures, "FOLDER", tmp_path / "docs" / "figures")
-    draw_figures.main()
+    draw_figures.main([])
     again = {file.name: file.read_text("utf-8") for file in draw_figures.FOLDER.glob("*.svg")}
     assert drawn == again

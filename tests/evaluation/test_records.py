@@ -125,6 +125,11 @@ def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
         ({**PLAIN, "answers": {"x": 1}}, "neither text"),
         ({"examples": [3], "input": "a", "answers": "b"}, "an example must be"),
         ({"examples": [], "input": "a", "answers": "b"}, "no context"),
+        ({"examples": [["a", []]], "input": "a", "answers": "b"}, "output of an example must hold"),
+        (
+            {**PLAIN, "contexts": {"title": ["Ada", "Bo"], "sentences": [["Ada sings."]]}},
+            "title and sentences must be as many as each other, not 2 and 1",
+        ),
     ],
 )
 def test_bad_record_is_named_by_its_line(value: Any, problem: str, tmp_path: Path) -> None:
@@ -137,6 +142,14 @@ def test_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(PLAIN) + "\n\n{'question': 1}\n")
     with pytest.raises(ConfigError, match="line 3: not JSON"):
+        read_records(file)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_values_too_deep_inside_each_other_are_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="line 1: lists and objects stand too deep"):
         read_records(file)
 
 

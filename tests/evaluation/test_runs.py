@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ape_integrations.errors import ConfigError
+from ape_integrations.errors import ConfigError, ContextWindowError
 from ape_integrations.evaluation.answers import AnswerLog
 from ape_integrations.evaluation.modes import Answer, Mode, parse_mode
 from ape_integrations.evaluation.prompts import Case
-from ape_integrations.evaluation.report import disagreements, print_report, save_plot
+from ape_integrations.evaluation.report import (
+    disagreements,
+    is_report,
+    print_report,
+    save_plot,
+)
 from ape_integrations.evaluation.runner import run, summarise
 
 SETTINGS = {"model": "m", "stop": ["\n"]}
@@ -90,6 +96,50 @@ def test_likelihood_is_added_to_a_file_without(tmp_path: Path) -> None:
     assert again.asked == []
 
 
+class TooLong(FakeRunner):
+    """The accepted answer to the second question does not fit behind any prompt."""
+
+    def __init__(self, modes: tuple[str, ...] = ("sequential", "ape"), cases: str = "1") -> None:
+        super().__init__()
+        self._modes, self._cases = modes, cases
+
+    def likelihood(self, mode: Mode, case: Case) -> float:
+        if case.query[1:] in self._cases and mode.name in self._modes:
+            raise ContextWindowError("The prompt does not fit.")
+        return super().likelihood(mode, case)
+
+
+def test_answer_that_does_not_fit_has_no_likelihood_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    rows = complete(path, TooLong(), likelihood=True)
+    for label in ("sequential", "ape"):
+        figures = rows[0]["modes"][label]
+        assert (figures["answered"], figures["too_long"]) == (4, 1)
+    assert rows[0]["modes"]["ape"]["likelihood"]["mean"] == 0.25
+    assert (
+        rows[0]["modes"]["ape"]["match"] == complete(None, FakeRunner())[0]["modes"]["ape"]["match"]
+    )
+    print_report({"model": "m", "rows": rows}, ["likelihood"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ape: 1 of 4 accepted answers do not fit the model behind their prompts" in shown
+    again = FakeRunner()
+    assert complete(path, again, likelihood=True) == rows
+    assert again.asked == []
+
+
+def test_likelihoods_are_compared_where_both_have_one(tmp_path: Path) -> None:
+    rows = complete(None, TooLong(("sequential",), "0"), likelihood=True)
+    against = rows[0]["modes"]["ape"]["against_sequential"]
+    assert against["likelihood"]["difference"]["mean"] == -0.25
+    none = complete(None, TooLong(("ape",), "0123"), likelihood=True)
+    assert "likelihood" not in none[0]["modes"]["ape"]
+    assert "likelihood" not in none[0]["modes"]["ape"]["against_sequential"]
+    print_report({"model": "m", "rows": none}, ["likelihood", "match"])
+    save_plot({"model": "m", "rows": none}, "likelihood", tmp_path / "plot.png")
+
+
 def test_modes_may_be_added_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     complete(path, FakeRunner())
@@ -122,6 +172,17 @@ def test_file_of_something_else_is_refused_and_left_alone(text: str, tmp_path: P
     with pytest.raises(ConfigError, match="no file of answers"):
         AnswerLog(path, SETTINGS)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("line", ['{"foo": 1}', "[1]", "1", '{"mode": "ape"}', "null"])
+def test_line_of_something_else_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    complete(path, FakeRunner())
+    count = len(path.read_text().splitlines())
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ConfigError, match=f"line {count + 1}: .*Delete the line"):
+        AnswerLog(path, SETTINGS)
 
 
 def test_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -173,3 +234,49 @@ def test_rerun_is_checked_against_the_intervals() -> None:
     assert line.startswith("single, 1 contexts, ape: f1 is 0.990, outside [")
     del new["rows"][0]
     assert disagreements(old, new) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda old, new: new["rows"][0].update(documents=9), "single, 9 contexts: not compared"),
+        (lambda old, new: old["rows"].clear(), "ape: not compared"),
+        (lambda old, new: old["rows"][0]["modes"].pop("ape"), None),
+        (lambda old, new: [row["modes"].pop("ape") for row in old["rows"]], "ape: not compared"),
+        (
+            lambda old, new: new["rows"][1]["modes"].update(ape={"answered": 0}),
+            "single, 2 contexts, ape: match was not compared",
+        ),
+        (
+            lambda old, new: [row["modes"].update(ape={"answered": 0}) for row in new["rows"]],
+            "ape: not compared",
+        ),
+    ],
+)
+def test_what_was_not_compared_is_said(
+    change: Callable[[Any, Any], object], said: str | None
+) -> None:
+    old, new = report(), report()
+    change(old, new)
+    found = disagreements(old, new)
+    assert any(line.startswith(said) for line in found) if said else found == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.update(rows=3),
+        lambda report: report.update(rows=[]),
+        lambda report: report.update(rows=[{"x": 1}]),
+        lambda report: report.update(modes=[]),
+        lambda report: report.update(modes={}),
+        lambda report: report["rows"][0]["modes"].update(ape=3),
+        lambda report: report["rows"][0]["modes"]["ape"].update(match=0.5),
+        lambda report: report["rows"][0]["modes"]["ape"]["match"].update(low="none"),
+    ],
+)
+def test_report_that_nothing_can_be_compared_with_is_none(change: Callable[[Any], object]) -> None:
+    whole = {**report(), "modes": {"sequential": {}, "ape": {}}}
+    assert is_report(whole)
+    change(whole)
+    assert not is_report(whole)
