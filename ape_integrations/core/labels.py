@@ -20,15 +20,16 @@ _NUMBERED = re.compile(
     r"\W*(?:(?:[^\W\d_]+[ _]){0,2}[^\W\d_]*[ _]?[#\[(]{0,2}\d{1,4}[\])]{0,2}[:\uff1a>\])]"
     r"|\d{1,3}[.)])[:\uff1a\s]*"
 )
-_CLOSING_TAGS = re.compile(r"\s*(?:</[\w:.-]+>\s*?)+")
+_CLOSING_TAGS = re.compile(r"(?:\s*</[\w:.-]+>)+")
 # "\nSource: a.txt\n\nContent: ": a trailer of the context before, then a label of the next.
-_ADJACENT = re.compile(r"\n(?:[^\n]*[^\W_][^\n]*\n)*?[^\n]*[^\W_][^\n]*(?=\n[ \t]*\n)")
+_ADJACENT = re.compile(r"(?:\n(?=[^\n]*[^\W_])[^\n]*)+?(?=\n[ \t]*\n)")
 _BREAK = re.compile(r"\n|\\n")  # line breaks, also those of JSON strings
 _ESCAPED = re.compile(r"\\[nrt]")
 _FIELD = re.compile(r"\s*([^\s:\uff1a<][^:\uff1a\n<]{0,39})[:\uff1a]")
-# "Query: ...", "The original query is as follows: ..."
+# "Query: ...", "The original query is as follows: ...", "Thought: ..."
 _QUESTION = re.compile(
-    r"^[^\n:\uff1a]{0,40}\b(?:query|question)\b[^\n:\uff1a]{0,24}[:\uff1a]", re.I | re.M
+    r"^[^\n:\uff1a]{0,40}\b(?:query|question|thought|action|follow.?up)\b[^\n:\uff1a]{0,24}[:\uff1a]",
+    re.IGNORECASE | re.MULTILINE,
 )
 _OPEN_TAG = re.compile(r"\s*<([/\w:.-]+)")
 
@@ -66,7 +67,8 @@ class Labels:
         return [short.get(text) or self._divide_long(text) for text in gaps]
 
     def _is_long(self, gap: str) -> bool:
-        return self._markup.has_token(gap) or len(gap.strip()) > _MAX_LABEL
+        is_conversation = self._markup.has_token(gap) or bool(self._markup.turns(gap))
+        return is_conversation or len(gap.strip()) > _MAX_LABEL
 
     def _divide_short(self, gap: str) -> Gap:
         """Divide a gap that holds nothing but a trailer and a label."""
@@ -93,11 +95,12 @@ class Labels:
         with self._lock:
             known = self._decided.get(key)
         length = self._single_label(head) if known is None else known
-        with self._lock:
-            self._decided[key] = length
-            self._decided.move_to_end(key)
-            if len(self._decided) > _REMEMBERED:
-                self._decided.popitem(last=False)
+        if length:  # the shape of a head's label may be learned yet
+            with self._lock:
+                self._decided[key] = length
+                self._decided.move_to_end(key)
+                if len(self._decided) > _REMEMBERED:
+                    self._decided.popitem(last=False)
         return length
 
     def _single_label(self, head: str) -> int:
@@ -119,6 +122,8 @@ class Labels:
         breaks = [match.end() for match in _BREAK.finditer(head, max(0, len(head) - _SEARCHED))]
         for wanted in shapes:
             lines = wanted.count("\n") + 1
+            if len(breaks) < lines and len(head) > _SEARCHED:
+                continue
             start = breaks[-lines] if len(breaks) >= lines else 0
             start += max(self._markup.token_ends(head[start:]), default=0)
             label = head[start:].lstrip(" \t\"'[{")
@@ -127,13 +132,16 @@ class Labels:
         return 0
 
     def _match_trailer(self, tail: str, shapes: Sequence[str]) -> int:
-        tail = tail[: self._markup.first_token(tail[:_SEARCHED])]
+        whole, tail = len(tail), tail[: self._markup.first_token(tail[:_SEARCHED])]
         breaks = [match.start() for match in _BREAK.finditer(tail)]
+        closing = _CLOSING_TAGS.match(tail)
         for wanted in shapes:
             lines = wanted.count("\n") + 1
+            if len(breaks) < lines and len(tail) == _SEARCHED < whole:
+                continue
             end = breaks[lines - 1] if len(breaks) >= lines else len(tail)
             if shape(tail[:end]) == wanted:
-                return end
+                return min(end, closing.end()) if closing else end
         return 0
 
     def _known(self, shapes: OrderedDict[str, None]) -> list[str]:
@@ -175,7 +183,7 @@ def has_words(text: str) -> bool:
 
 
 def _without_separators(text: str) -> str:
-    """Drop leading lines without a letter or digit, and leading spaces."""
+    """Drop leading lines without a letter or digit, and what separates records."""
     while (line := _BREAK.search(text)) and not has_words(text[: line.start()]):
         text = text[line.end() :]
-    return text.lstrip(" \t")
+    return text.lstrip(" \t\"'[{}]),")

@@ -12,8 +12,10 @@ from ape_integrations.core.registry import ContextRegistry
 
 # Candidate starts: after a line break, markup, punctuation, a bracket, a quote or an escaped line
 # break. Cheap and generous; `_begins` decides.
-_CANDIDATE = re.compile(r"(?:\A|[\n>\]:\uff1a\"'`=(|.,;!?]|\\n)[ \t]*(?=\S)")
-_BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?\d{1,4}[.)])[ \t]+", re.MULTILINE)
+_CANDIDATE = re.compile(
+    r"(?:[\n>\]:\uff1a\"'`=(|.,;!?\u2013\u2014\u2192\u201c\u300c-]|\\n|\A)[ \t\u00a0\u3000]*(?=\S)"
+)
+_BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?(?:\d{1,4}|[a-z])[.)])[ \t]+", re.MULTILINE)
 _MAX_BULLET = 16
 _OPENING = re.compile(r"(?:\A|[\[({,:=>\n]|\\n)[ \t]*[\"'`]{1,3}[ \t]*\Z")
 
@@ -24,7 +26,10 @@ _TEXT_END = re.compile(
     rf"|,[ \t]*\"|[\"'`]{{1,3}}[ \t]*(?:\Z|[\]}}).,:;\r\n]|{_TAG}|\\[nr]))"
 )
 _LABEL_AFTER = re.compile(r"[ \t]+[A-Z][\w ]{0,24}:")
-_QUOTE_AFTER = re.compile(r"[ \t]*[\"'`]")
+_QUOTE_AFTER = re.compile(r"[ \t]*[\"'`\u201d\u300d]")
+_SENTENCE_AFTER = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z])")
+_STOP_AFTER = re.compile(r"(?<=[.!?])\.(?=\s|\Z)")  # that of the sentence it was put into
+_AFTER_LONG = (_LABEL_AFTER, _QUOTE_AFTER, _STOP_AFTER)
 _LONGEST_WORD = 32  # characters; longer text without a space is a sentence of a script without
 # Characters from which a text may begin in a line, and be followed by a label or another text.
 _LONG_TEXT = 40
@@ -33,9 +38,10 @@ _SEPARATOR = re.compile(rf"{_JOINT.pattern}|[ \t]*\n\s*")
 
 # Who speaks in a transcript, and a chain's own earlier answer ("Original Answer: ...").
 _SPEAKER = re.compile(
-    r"^[ \t]*(?:(?:user|human|system|tool)|(?P<answer>assistant|ai|answer|response"
-    r"|(?:[^\W\d_]+ ){0,4}(?:existing|original|previous|current|first|earlier|prior|last)"
-    r" (?:answer|response)))[ \t]*[:\uff1a](?=[ \t]*\S)",
+    r"^[ \t#*_]*(?:(?:user|human|system|tool)|(?P<role>assistant|ai|bot|chatbot|agent)"
+    r"|(?P<answer>(?:[^\W\d_]+ ){0,4}(?:existing|original|previous|current|first|earlier|prior|last"
+    r"|final) (?:answer|response)|answer|response))"
+    r"(?:[ \t]*\([^()\n]{1,24}\))?[ \t*_]*[:\uff1a](?=[ \t*_]*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 # What ends an answer inside a message: an empty line, a rule, or a line that begins with a label.
@@ -111,6 +117,8 @@ class _Search:
         joined = self._follower(_JOINT, end) if long else None
         begins = start == self._joined_at or _begins(prompt, start, word, long, self._markup)
         ends = joined is not None or _ends(prompt, end, word, long, self._markup)
+        if long and self._is_next(start):
+            ends = ends or _SENTENCE_AFTER.match(prompt, end) is not None
         # One that begins inside a sentence ("Here are the facts. ...") is the first of several.
         begins = begins or (long and self._follower(_SEPARATOR, end) is not None)
         if not (begins and ends) or self._is_said(start, end):
@@ -132,8 +140,8 @@ class _Search:
         text = self._prompt[start:end]
         if text in self._joined and _inside_query(self._prompt, start, end, self._queries):
             return True
-        if self._found and not self._prompt[self._found[-1][1] : start].strip():
-            return False  # it stands with the text before it
+        if self._is_next(start):
+            return False
         earlier = reversed(self._turns[: bisect_right(self._turn_ends, start)])
         # A text may itself hold what looks like a header.
         turn = next((turn for turn in earlier if not self._is_in_text(turn.start)), None)
@@ -143,9 +151,18 @@ class _Search:
         searched = max(opened, start - _LONGEST_ANSWER), start + 1
         spoken = [m for m in _SPEAKER.finditer(self._prompt, *searched) if m.end() <= start]
         labels = [match for match in spoken if not self._is_in_text(match.start())]
-        if not labels or not labels[-1]["answer"]:
+        if not labels or not (labels[-1]["role"] or labels[-1]["answer"]):
             return False
-        return _ANSWER_END.search(self._prompt, labels[-1].end(), start) is None
+        after = labels[-1].end()
+        # "Answer: in one sentence.", and then the texts.
+        below = labels[-1]["answer"] and "\n" in self._prompt[after:start]
+        if below and self._follower(_SEPARATOR, end) is not None:
+            return False
+        return _ANSWER_END.search(self._prompt, after, start) is None
+
+    def _is_next(self, start: int) -> bool:
+        """Whether nothing stands between the last text that counts and a position."""
+        return bool(self._found) and not self._prompt[self._found[-1][1] : start].strip()
 
     def _is_in_text(self, position: int) -> bool:
         return any(start <= position < end for start, end in self._found)
@@ -153,7 +170,7 @@ class _Search:
 
 def _begins(prompt: str, start: int, word: bool, long: bool, markup: ChatMarkup) -> bool:
     edge = start
-    while edge and prompt[edge - 1] in " \t":
+    while edge and prompt[edge - 1] in " \t\u00a0\u3000":
         edge -= 1
     before = prompt[edge - 1 : edge]
     if before in ("", "\n"):
@@ -164,7 +181,9 @@ def _begins(prompt: str, start: int, word: bool, long: bool, markup: ChatMarkup)
         return False
     if before in (":", "\uff1a", "]") or prompt[edge - 2 : edge] == "\\n":
         return True
-    if long and before in ("=", "(", "|"):
+    if long and before in ("=", "(", "|", "\u2013", "\u2014", "\u2192", "\u201c", "\u300c"):
+        return True
+    if long and before == "-" and prompt[edge - 2 : edge - 1].isspace():
         return True
     if before in ("'", '"', "`"):
         return _OPENING.search(prompt[max(0, edge - 16) : start]) is not None
@@ -175,7 +194,7 @@ def _begins(prompt: str, start: int, word: bool, long: bool, markup: ChatMarkup)
 def _ends(prompt: str, end: int, word: bool, long: bool, markup: ChatMarkup) -> bool:
     if (_WORD_END if word else _TEXT_END).match(prompt, end) or markup.token_at(prompt, end):
         return True
-    return long and any(after.match(prompt, end) for after in (_LABEL_AFTER, _QUOTE_AFTER))
+    return long and any(after.match(prompt, end) for after in _AFTER_LONG)
 
 
 def _inside_query(prompt: str, start: int, end: int, queries: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -139,9 +140,9 @@ class GenerationSettings:
     def _whole(self, name: str, default: int) -> int:
         value = self._value(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1, not {value}.")
-        return value
+        if not _is(value, Integral) or value < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        return int(value)
 
     @property
     def draftable(self) -> bool:
@@ -180,7 +181,7 @@ class GenerationSettings:
         temperature = self._value("temperature")
         if temperature is None:
             return
-        if not _is(temperature, Real) or not temperature >= 0:
+        if not _is(temperature, Real) or not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
         if temperature == 0:
             self._decode_greedily()

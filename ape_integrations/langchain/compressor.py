@@ -145,6 +145,7 @@ class APEDocumentCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             The prompt has no variable for the text of documents, or is no prompt but a chain; or
             something else than Documents is to be warmed.
         """
+        documents = list(documents)
         _check_documents(documents)
         template = document_prompt or PromptTemplate.from_template("{page_content}")
         variable = None

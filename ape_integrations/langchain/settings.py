@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from numbers import Integral, Real
@@ -25,7 +27,7 @@ from ape_integrations.langchain.engine import (
     acquire,
 )
 from ape_integrations.models import DEMO_MODEL_NAME
-from ape_integrations.store import KVStore
+from ape_integrations.store import DiskKVStore, KVStore
 
 #: Standard parameters of LangChain models that mean nothing for a model in the same process.
 _MEANINGLESS = frozenset({"timeout", "max_retries", "api_key", "base_url", "stream_usage"})
@@ -319,8 +321,8 @@ def _check_sampling(call: Mapping[str, Any]) -> None:
     temperature, top_p, seed = (call.get(name) for name in ("temperature", "top_p", "seed"))
     if temperature is not None and not _is(temperature, Real):
         raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
-    if temperature is not None and not temperature >= 0:
-        raise ConfigError(f"temperature must not be negative, as {temperature} is.")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be finite and not negative, not {temperature}.")
     if top_p is not None and not (_is(top_p, Real) and 0 < top_p <= 1):
         raise ConfigError(f"top_p must be a number above 0 and at most 1, not {top_p!r}.")
     if seed is not None and not _is(seed, Integral):
@@ -346,6 +348,8 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str] | type[BaseModel]
     for name in values:
         if name not in names and not name.startswith("_"):  # what a copied model holds
             close = difflib.get_close_matches(name, sorted(names), n=1)
+            if isinstance(known, set) and name in APESettings.model_fields:
+                raise ConfigError(f"{name} is set when the model is made, not in a call.")
             hint = _place(name) or (f"Did you mean {close[0]}?" if close else "")
             raise ConfigError(f"Unknown argument {name!r}: it would change nothing. {hint}".strip())
 
@@ -358,8 +362,8 @@ def _place(name: str) -> str | None:
         return f"It is for loading: make the model with load_kwargs={{{name!r}: ...}}."
     if name in {field.name for field in fields(APEConfig)}:
         return f"It is a setting of APE: make the model with ape_config=APEConfig({name}=...)."
-    if name == "namespace":
-        return "It belongs to DiskKVStore: make the model with store=DiskKVStore(namespace=...)."
+    if name in inspect.signature(DiskKVStore).parameters:
+        return f"It belongs to DiskKVStore: make the model with store=DiskKVStore({name}=...)."
     if name in set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS:
         return f"It is for model.generate(): pass it as model_kwargs={{{name!r}: ...}}."
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,12 +61,13 @@ def _check(arguments: Mapping[str, Any]) -> None:
     if temperature is not None and (
         isinstance(temperature, bool)
         or not isinstance(temperature, (int, float))
-        or temperature < 0
+        or not 0 <= temperature < math.inf
     ):
         raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
     stop = arguments.get("stop")
+    strings = [stop] if isinstance(stop, str) else stop
     if stop is not None and not (
-        isinstance(stop, str) or all(isinstance(text, str) for text in stop)
+        isinstance(strings, Collection) and all(isinstance(text, str) for text in strings)
     ):
         raise ConfigError(f"stop must be a string or strings, not {stop!r}.")
 

@@ -194,6 +194,7 @@ class APELLM(CustomLLM):
         output_parser: BaseOutputParser | None = None,
         pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.DEFAULT,
         rate_limiter: Any = None,
+        class_name: str | None = None,  # LlamaIndex writes it beside the fields of what it nests
     ) -> None:
         if store is not None and cache_dir is not None:
             raise ConfigError("store and cache_dir are the same thing: pass one of them.")
@@ -544,7 +545,7 @@ def _config(
     given = {name: value for name, value in given.items() if value is not None}
     if ape_config is None:
         return APEConfig(**given)  # type: ignore[arg-type]
-    config = ape_config if isinstance(ape_config, APEConfig) else APEConfig(**ape_config)
+    config = ape_config if isinstance(ape_config, APEConfig) else _config_of(ape_config)
     doubled = [name for name, value in given.items() if value != getattr(config, name)]
     if doubled:
         raise ConfigError(f"ape_config and {', '.join(doubled)} say the same thing: pass one.")
@@ -585,3 +586,10 @@ def _check_retrieval(query: Any, scores: Any) -> None:
         and all(isinstance(text, str) and isinstance(s, Real) for text, s in scores.items())
     ):
         raise ConfigError("scores must be a mapping of texts to numbers.")
+
+
+def _config_of(values: Any) -> APEConfig:
+    try:
+        return APEConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"ape_config must be an APEConfig, or its values: {error}.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from ape_integrations.core.asynchronous import iterate
+from ape_integrations.llama_index.arguments import clear_argument_errors
 
 if TYPE_CHECKING:
     from ape_integrations.core.generation import GenerationResult, GenerationStream
@@ -47,7 +48,7 @@ def read(
     """Yield a response per piece of text, and one with the figures and no new text at the end."""
     text = ""
     try:
-        for delta in stream:
+        while (delta := _next(stream)) is not None:
             text += delta
             yield piece(text, delta)
         yield end(stream.result, "")
@@ -61,10 +62,20 @@ async def aread(
     """As `read`, without blocking the event loop."""
     text = ""
     async with aclosing(iterate(stream)) as deltas:
-        async for delta in deltas:
+        while (delta := await _anext(deltas)) is not None:
             text += delta
             yield piece(text, delta)
     yield end(stream.result, "")
+
+
+def _next(stream: GenerationStream) -> str | None:
+    with clear_argument_errors():
+        return next(stream, None)
+
+
+async def _anext(deltas: AsyncIterator[str]) -> str | None:
+    with clear_argument_errors():
+        return await anext(deltas, None)
 
 
 def _message(text: str) -> ChatMessage:

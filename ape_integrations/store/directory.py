@@ -85,11 +85,13 @@ def _refuse_foreign(path: Path) -> None:
         if status.st_uid != os.geteuid():
             raise StoreError(
                 f"{item} belongs to another user (uid {status.st_uid}), who could plant wrong"
-                " states in it. Use a directory of your own, or pass trust_directory=True."
+                " states in it. Use a directory of your own, or open it with"
+                f" DiskKVStore({str(path)!r}, trust_directory=True) and pass that as the store."
             )
         shared_group = status.st_mode & stat.S_IWGRP and status.st_gid != status.st_uid
         if status.st_mode & stat.S_IWOTH or shared_group:
             raise StoreError(
                 f"Other users can write to {item} and plant wrong states in it. Run"
-                f" `chmod go-w {item}`, or pass trust_directory=True."
+                f" `chmod go-w {item}`, or open it with"
+                f" DiskKVStore({str(path)!r}, trust_directory=True) and pass that as the store."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections import Counter
@@ -116,6 +117,13 @@ def test_texts_joined_on_one_line_are_contexts(separator: str) -> None:
         "Here are the birds. {}\nWhy?",
         'Use "{}" to answer why.',
         "Birds | {} | Why?",
+        "Birds \u2014 {}\nWhy?",
+        "\u201c{}\u201d\nWhy?",
+        "Birds:\u00a0{}\nWhy?",
+        "{}. Why?",
+        "{} Why do they wade?",
+        "({})\nWhy?",
+        "Answer: in one sentence.\n{}\nWhy?",
     ],
 )
 @pytest.mark.parametrize("order", [BIRDS, BIRDS[::-1]])
@@ -128,9 +136,9 @@ def test_texts_that_begin_inside_a_line_are_contexts(template: str, order: tuple
 
 def test_only_whole_texts_are_joined_on_one_line() -> None:
     """A text in a line goes on where it is not followed by another one."""
-    parts = splitter(*BIRDS).split(f"Birds: {EGRET} {STORK} And more.\nWhy?")
+    parts = splitter(*BIRDS).split(f"Birds: {EGRET} {STORK} and more.\nWhy?")
     assert STORK not in parts.contexts
-    assert f"{STORK} And more." in parts.query
+    assert f"{STORK} and more." in parts.query
     assert splitter("Paris", EGRET).split(f"Paris, {EGRET}\nWhy?").contexts == ()
 
 
@@ -562,6 +570,61 @@ def test_running_answer_of_a_refine_chain_is_no_context(label: str) -> None:
     parts = splitter(*BIRDS).split(prompt)
     assert parts.contexts == (HERON,)
     assert_in_order(parts.query, "Query: Why wade?", EGRET, "New Answer: ")
+
+
+@pytest.mark.parametrize(
+    "label", ["Bot", "Agent", "Final Answer", "**Assistant**", "### Response", "AI (10:32)"]
+)
+def test_answers_of_transcripts_are_known_by_many_names(label: str) -> None:
+    prompt = f"User: Which bird?\n{label}: {EGRET}\nUser: And then?\n"
+    assert splitter(*BIRDS).split(prompt).contexts == ()
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_many_lines_of_metadata_cost_no_time(count: int) -> None:
+    """They did, twenty times more with each."""
+    fields = "\n".join(f"field{n}: value {n}" for n in range(count))
+    parts = splitter(HERON, EGRET).split(f"{fields}\n{HERON}\n{fields}\n{EGRET}\nWhy?")
+    assert parts.contexts == (f"{fields}\n{HERON}", f"{fields}\n{EGRET}")
+
+
+def test_question_on_the_line_of_the_last_closing_tag_is_no_trailer() -> None:
+    prompt = f"Notes.\n<doc>{HERON}</doc>\n<doc>{EGRET}</doc> Question: Why?\nAnswer:"
+    parts = splitter(HERON, EGRET).split(prompt)
+    assert parts.contexts == (f"<doc>{HERON}</doc>", f"<doc>{EGRET}</doc>")
+    assert parts.query == " Question: Why?\nAnswer:"
+
+
+def test_turns_without_special_tokens_are_no_labels() -> None:
+    turns = {"user": "User: ", "assistant": "Assistant: "}
+    turn = f"User: Notes:\n{HERON}\nWhy?\n\nAssistant: To eat.\n\nUser: Notes:\n{EGRET}\nAnd they?"
+    parts = splitter(HERON, EGRET, turn_markers=turns).split(turn)
+    assert parts.contexts == (HERON, EGRET)
+    assert_in_order(parts.query, "Why?", "Assistant: To eat.", "And they?")
+
+
+RECORDS = {
+    "json": lambda texts: json.dumps([{"title": t[:9], "text": t} for t in texts]),
+    "json lines": lambda texts: "\n".join(json.dumps({"title": t[:9], "text": t}) for t in texts),
+    "indented": lambda texts: json.dumps([{"title": t[:9], "text": t} for t in texts], indent=2),
+    "xml": lambda texts: "\n".join(
+        f"<document>\n<source>{t[:9]}</source>\n<content>\n{t}\n</content>\n</document>"
+        for t in texts
+    ),
+}
+
+
+@pytest.mark.parametrize("form", RECORDS)
+def test_records_have_one_prefix_and_keep_their_fields(form: str) -> None:
+    texts = [f"Bird {n} wades in the shallow water of river {n} and eats fish." for n in range(7)]
+    split, prefixes, contexts = splitter(*texts, query="Which bird?").split, set(), set()
+    for shift in range(7):
+        chosen = [texts[(shift + n) % 7] for n in range(3)]
+        prompt = f"Answer from the documents that follow.\n{RECORDS[form](chosen)}\nWhich bird?\n"
+        parts = split(prompt)
+        prefixes.add(parts.prefix)
+        contexts.update(parts.contexts)
+    assert (len(prefixes), len(contexts)) == (1, 7)
 
 
 def test_use_the_following_to_answer_leads_to_contexts() -> None:

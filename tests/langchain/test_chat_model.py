@@ -242,6 +242,7 @@ def test_model_kwargs_reach_the_generation() -> None:
         ({"device_map": "cpu"}, "load_kwargs={'device_map'"),
         ({"dtype": "float32"}, "load_kwargs={'dtype'"),
         ({"namespace": "a"}, r"store=DiskKVStore\(namespace"),
+        ({"trust_directory": True}, r"store=DiskKVStore\(trust_directory"),
         ({"store": 5}, "store must be a KVStore.*or a directory, not int"),
         ({"store": {"a": 1}}, "store must be a KVStore.*or a directory, not dict"),
         ({"store": "a", "cache_dir": "b"}, "two names for one thing"),
@@ -293,8 +294,11 @@ def test_unknown_arguments_of_a_call_are_refused() -> None:
     chat = tiny_chat()
     with pytest.raises(ConfigError, match="Did you mean top_p"):
         chat.invoke(HELLO, topp=0.5)
-    with pytest.raises(ConfigError, match="must not be negative"):
-        chat.invoke(HELLO, temperature=-0.5)
+    with pytest.raises(ConfigError, match="cache_dir is set when the model is made"):
+        chat.invoke(HELLO, cache_dir="elsewhere")
+    for temperature in (-0.5, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="must be finite and not negative"):
+            chat.invoke(HELLO, temperature=temperature)
     with pytest.raises(ConfigError, match="max_tokens must be at least 1"):
         chat.invoke(HELLO, max_tokens=0)
 

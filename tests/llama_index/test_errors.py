@@ -103,7 +103,9 @@ def test_model_without_a_tokenizer_is_refused() -> None:
     [
         {"max_new_tokens": 0},
         {"temperature": -1},
+        {"temperature": float("inf")},
         {"stop": [3]},
+        {"stop": 3},
         {"no_such_argument": 1},
         {"num_return_sequences": 2},
         {"past_key_values": object()},
@@ -146,6 +148,14 @@ def test_errors_reach_whoever_asks_an_engine(
         str(engine.query("Where is the lamp?"))
 
 
+async def test_misspelt_argument_of_an_asynchronous_stream_is_a_config_error(
+    make_llm: Callable[..., APELLM],
+) -> None:
+    pieces = await make_llm(generate_kwargs={"max_token": 3}).astream_complete("Where?")
+    with pytest.raises(ConfigError, match="max_token"):
+        _ = [piece async for piece in pieces]
+
+
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize"])
 def test_misspelt_argument_reaches_whoever_asks_an_engine(
     mode: str, make_llm: Callable[..., APELLM]
@@ -156,6 +166,8 @@ def test_misspelt_argument_reaches_whoever_asks_an_engine(
     )
     with pytest.raises(ConfigError, match="max_token"):
         engine.query("Where is the lamp?")
+    with pytest.raises(ConfigError, match="max_token"):
+        list(llm.stream_complete("Where is the lamp?"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from llama_index.core.prompts import PromptTemplate
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.errors import ConfigError
-from ape_integrations.llama_index import APELLM
+from ape_integrations.llama_index import APELLM, APECacheWarmer, APENodePostprocessor
 from ape_integrations.store import MemoryKVStore
 from tests.llama_index.conftest import TEXTS, Calls, entries, user
 
@@ -266,6 +266,12 @@ def test_settings_survive_serialisation() -> None:
     restored = APELLM.from_dict(llm.to_dict())
     assert restored.to_dict() == llm.to_dict()
     assert restored.to_dict()["class_name"] == "APELLM"
+
+
+@pytest.mark.parametrize("kind", [APENodePostprocessor, APECacheWarmer])
+def test_settings_survive_serialisation_inside_a_component(kind: Any) -> None:
+    llm = APELLM(max_new_tokens=7, cache_dir="/tmp/x", capture=False)
+    assert kind.from_dict(kind(llm=llm).to_dict()).llm.to_dict() == llm.to_dict()
 
 
 def test_all_settings_of_ape_can_be_given_at_once() -> None:
