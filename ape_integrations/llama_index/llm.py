@@ -128,6 +128,8 @@ class APELLM(CustomLLM):
         `APENodePostprocessor` and `register_contexts` make texts known.
     callback_manager, output_parser, pydantic_program_mode, rate_limiter
         As for every LLM of LlamaIndex.
+    class_name : str, optional
+        Written by LlamaIndex where it serialises a component with this LLM in it; ignored.
 
     Raises
     ------
@@ -194,7 +196,7 @@ class APELLM(CustomLLM):
         output_parser: BaseOutputParser | None = None,
         pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.DEFAULT,
         rate_limiter: Any = None,
-        class_name: str | None = None,  # LlamaIndex writes it beside the fields of what it nests
+        class_name: str | None = None,
     ) -> None:
         if store is not None and cache_dir is not None:
             raise ConfigError("store and cache_dir are the same thing: pass one of them.")
