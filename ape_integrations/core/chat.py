@@ -224,6 +224,9 @@ def _render(
     return str(rendered)
 
 
+_PERCENT = "\ue000"  # for private use: stands for a percent sign that was written
+
+
 @functools.lru_cache(maxsize=16)
 def _frozen_clock(date: datetime.date) -> str:
     """Template text that answers `strftime_now` with a fixed date.
@@ -233,12 +236,12 @@ def _frozen_clock(date: datetime.date) -> str:
     one.
     """
     midnight = datetime.datetime.combine(date, datetime.time())
-    expression = "format"
-    for directive in "AaBbdmyYjHIMSp":
-        expression += (
-            f"|replace('%-{directive}', '{midnight.strftime('%' + directive).lstrip('0')}')"
-        )
-        expression += f"|replace('%{directive}', '{midnight.strftime('%' + directive)}')"
+    expression = f"format|replace('%%', '{_PERCENT}')"
+    for directive in "AaBbdmyYjHIMSpeFTDxXcUWwuGVfZz":
+        value = midnight.strftime(f"%{directive}")
+        expression += f"|replace('%-{directive}', '{value.lstrip('0') or value[-1:]}')"
+        expression += f"|replace('%{directive}', '{value}')"
+    expression += f"|replace('{_PERCENT}', '%')"
     # The empty expression at the end keeps a line break that the template begins with.
     return "{% macro strftime_now(format) %}{{ " + expression + " }}{% endmacro %}{{ '' }}"
 

@@ -178,7 +178,16 @@ def test_dates_in_templates_do_not_change_from_day_to_day(
 
 
 @pytest.mark.parametrize(
-    "pattern", ["%d %b %Y", "%Y-%m-%d", "%A, %-d %B %y", "%H:%M:%S %p", "%j %I %a"]
+    "pattern",
+    [
+        "%d %b %Y",
+        "%Y-%m-%d",
+        "%A, %-d %B %y",
+        "%H:%M:%S %p",
+        "%j %I %a",
+        "%-H:%-M %%d",
+        "%F %T %e %x",
+    ],
 )
 def test_frozen_dates_follow_the_template_s_format(pattern: str) -> None:
     tokenizer = chat_tokenizer("chatml")
