@@ -49,13 +49,8 @@ async def run_generation(generate: Callable[[StoppingCriteria], T]) -> T:
         raise
 
 
-def iterate(stream: GenerationStream) -> Pieces:
-    """Return the pieces of a stream; close them, by ``aclosing``, and the stream is closed."""
-    return Pieces(stream)
-
-
 class Pieces(AsyncIterator[str]):
-    """The pieces of a stream, read without blocking the event loop.
+    """The pieces of a stream, read without blocking the event loop; closing them closes it.
 
     Not an asynchronous generator: a loop that ends closes all of those at once, and one that is
     read by another would be closed from two sides.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ape_integrations.core.cache import APECache, ContextLayout
 from ape_integrations.core.context_sets import Layers
-from ape_integrations.core.model import ModelInfo, last_logits_only
+from ape_integrations.core.model import ModelInfo, last_logits_only, model_name
 from ape_integrations.core.products import fast_products
 from ape_integrations.store.base import KVStates
 
@@ -37,8 +37,7 @@ class ContextEncoder:
     @property
     def model_name(self) -> str:
         """Name or path that the model was loaded from, or its architecture."""
-        config = self._model.config
-        return str(getattr(config, "_name_or_path", "") or config.model_type)
+        return model_name(self._model)
 
     def encode(
         self, prefix: Layers, contexts: Sequence[Sequence[int]]

@@ -41,10 +41,10 @@ class ModelFingerprint:
     """Fingerprint of a model's config, weights and adapters.
 
     Sums over the bits of every weight are hashed: exact, so that equal weights give equal
-    fingerprints in every process and on every machine, and about as fast as memory is read (0.1 s
-    for 500 MB). It is computed again when weights were changed in place or adapters were loaded,
-    switched, merged or swapped. What it cannot see are in-place changes behind torch's back, of
-    ``weight.data``, where they are no adapter's.
+    fingerprints in every process and on every machine, and about as fast as memory is read (0.03 s
+    for 540 MB, on two cores that do nothing else). It is computed again when weights were changed
+    in place or adapters were loaded, switched, merged or swapped. What it cannot see are in-place
+    changes behind torch's back, of ``weight.data``, where they are no adapter's.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

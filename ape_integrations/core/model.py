@@ -79,6 +79,11 @@ def attach(model: PreTrainedModel) -> ModelInfo:
     return info
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """Return the name or path that a model was loaded from, or its architecture."""
+    return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
+
+
 def check_supported(model: Any) -> None:
     """Refuse what cannot work, before any work is done.
 

@@ -111,8 +111,8 @@ class GenerationSettings:
         self.kwargs = _by_name(kwargs, defaults)
         _refuse(self.kwargs)
         self.kwargs.update(_overruled(defaults))
-        self.stop = _strings("stop", self.kwargs.pop("stop", None))
-        self.stop_strings = _strings("stop_strings", self._value("stop_strings"))
+        self.stop = strings("stop", self.kwargs.pop("stop", None))
+        self.stop_strings = strings("stop_strings", self._value("stop_strings"))
         if self.stop_strings:
             self.kwargs["stop_strings"] = None
         self.single = self._whole("num_beams", 1) == 1
@@ -140,7 +140,7 @@ class GenerationSettings:
     def _whole(self, name: str, default: int) -> int:
         value = self._value(name)
         value = default if value is None else value
-        if not _is(value, Integral) or value < 1:
+        if not is_number(value, Integral) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
         return int(value)
 
@@ -181,7 +181,7 @@ class GenerationSettings:
         temperature = self._value("temperature")
         if temperature is None:
             return
-        if not _is(temperature, Real) or not 0 <= temperature < math.inf:
+        if not is_number(temperature, Real) or not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
         if temperature == 0:
             self._decode_greedily()
@@ -195,7 +195,7 @@ class GenerationSettings:
     def _take_seed(self) -> SeededSampler | None:
         """Replace seeded sampling by a sampler with a random generator of its own."""
         seed = self.kwargs.pop("seed", None)
-        if seed is not None and (not _is(seed, Integral) or not -(1 << 63) <= seed < 1 << 64):
+        if seed is not None and (not is_number(seed, Integral) or not -(1 << 63) <= seed < 1 << 64):
             raise ConfigError(f"seed must be a whole number of at most 64 bits, not {seed!r}.")
         if not self._value("do_sample"):
             return None
@@ -270,7 +270,8 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_number(value: Any, kind: type) -> bool:
+    """Tell whether a value is a number of a kind of :mod:`numbers`; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -289,13 +290,20 @@ def _frozen(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} may hold a state")
 
 
-def _strings(name: str, given: Any) -> list[str]:
+def strings(name: str, given: Any) -> list[str]:
+    """Return an argument that is a string, strings or None as a list, without empty ones.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
     if given is None:
         return []
-    strings = [given] if isinstance(given, str) else given
-    if not isinstance(strings, Collection) or not all(isinstance(text, str) for text in strings):
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
         raise ConfigError(f"{name} must be a string or a list of strings, not {given!r}.")
-    return [text for text in strings if text]
+    return [text for text in texts if text]
 
 
 def _as_list(ids: int | list[int] | Tensor | None) -> list[int]:

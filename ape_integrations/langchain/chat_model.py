@@ -21,7 +21,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field
 from transformers import StoppingCriteria
 
-from ape_integrations.core.asynchronous import iterate, run_generation, stopped_by
+from ape_integrations.core.asynchronous import Pieces, run_generation, stopped_by
 from ape_integrations.core.chat import render_chat
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
@@ -276,7 +276,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
 
         call, stream = await asyncio.to_thread(start)
         chunks = _Chunks(call)
-        async with aclosing(iterate(stream)) as pieces:
+        async with aclosing(Pieces(stream)) as pieces:
             async for piece in pieces:
                 for chunk in chunks.of(piece):
                     yield chunk

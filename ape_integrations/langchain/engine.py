@@ -15,6 +15,7 @@ from ape_integrations.core.config import APEConfig
 from ape_integrations.core.fingerprint import ModelFingerprint
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.loading import bundled_model, usable_device_map
+from ape_integrations.core.model import model_name
 from ape_integrations.store import KVStore
 
 #: Retrievals remembered for a model that is not loaded yet, or not even named.
@@ -57,8 +58,7 @@ class LoadedModel:
     @property
     def name(self) -> str:
         """Name of the model, as far as it knows it."""
-        config = self.parts[0].config
-        return str(getattr(config, "_name_or_path", "") or config.model_type)
+        return model_name(self.parts[0])
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:

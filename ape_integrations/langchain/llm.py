@@ -12,7 +12,7 @@ from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from transformers import StoppingCriteria
 
-from ape_integrations.core.asynchronous import iterate, run_generation, stopped_by
+from ape_integrations.core.asynchronous import Pieces, run_generation, stopped_by
 from ape_integrations.core.batching import run_together
 from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
@@ -122,7 +122,7 @@ class APELanguageModel(BatchedCalls, APESettings, BaseLLM):
             return generator.stream_prompt(prompt, **generation), name
 
         stream, name = await asyncio.to_thread(start)
-        async with aclosing(iterate(stream)) as pieces:
+        async with aclosing(Pieces(stream)) as pieces:
             async for piece in pieces:
                 chunk = GenerationChunk(text=piece)
                 if run_manager is not None:

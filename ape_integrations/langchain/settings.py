@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generation import GenerationResult
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.settings import is_number, strings
 from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.engine import (
     Engine,
@@ -27,7 +28,7 @@ from ape_integrations.langchain.engine import (
     acquire,
 )
 from ape_integrations.models import DEMO_MODEL_NAME
-from ape_integrations.store import DiskKVStore, KVStore
+from ape_integrations.store import DiskKVStore, check_store
 
 #: Standard parameters of LangChain models that mean nothing for a model in the same process.
 _MEANINGLESS = frozenset({"timeout", "max_retries", "api_key", "base_url", "stream_usage"})
@@ -153,11 +154,7 @@ class APESettings(BaseModel):
         """Refuse second names for fields, and stores that are none."""
         _refuse_fields(self.model_kwargs)
         _length({"max_tokens": self.max_tokens, **self.model_kwargs})
-        if self.store is not None and not isinstance(self.store, (str, KVStore)):
-            raise ConfigError(
-                f"store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a "
-                f"directory, not {type(self.store).__name__}."
-            )
+        check_store(self.store)
         return self
 
     @model_validator(mode="after")
@@ -284,7 +281,7 @@ class APESettings(BaseModel):
         call.pop("max_tokens", None)
         default = {"max_tokens": self.max_tokens, **self.model_kwargs}
         call["max_new_tokens"] = _length(given) or _length(default)
-        call["stop"] = _strings(stop if stop is not None else self.stop)
+        call["stop"] = strings("stop", stop if stop is not None else self.stop) or None
         call.pop("stream", None)
         known = set(GenerationConfig().to_dict()) | _GENERATE_ARGUMENTS | {"stop"}
         _refuse_unknown(call, known)
@@ -301,36 +298,22 @@ def _length(call: Mapping[str, Any]) -> int | None:
     if not names:
         return None
     value = call[names[0]]
-    if not _is(value, Integral) or value < 1:
+    if not is_number(value, Integral) or value < 1:
         raise ConfigError(f"{names[0]} must be at least 1, and a whole number, not {value!r}.")
     return int(value)
-
-
-def _strings(stop: Any) -> list[str] | None:
-    """Return stop strings as a list."""
-    if stop is None:
-        return None
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, Collection) or not all(isinstance(s, str) for s in strings):
-        raise ConfigError(f"stop must be a string or a list of strings, not {stop!r}.")
-    return list(strings)
 
 
 def _check_sampling(call: Mapping[str, Any]) -> None:
     """Refuse what the fields of the same names would not take."""
     temperature, top_p, seed = (call.get(name) for name in ("temperature", "top_p", "seed"))
-    if temperature is not None and not _is(temperature, Real):
+    if temperature is not None and not is_number(temperature, Real):
         raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
     if temperature is not None and not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be finite and not negative, not {temperature}.")
-    if top_p is not None and not (_is(top_p, Real) and 0 < top_p <= 1):
+    if top_p is not None and not (is_number(top_p, Real) and 0 < top_p <= 1):
         raise ConfigError(f"top_p must be a number above 0 and at most 1, not {top_p!r}.")
-    if seed is not None and not _is(seed, Integral):
+    if seed is not None and not is_number(seed, Integral):
         raise ConfigError(f"seed must be a whole number, not {seed!r}.")
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _sampling(call: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ape_integrations.core.settings import strings
 from ape_integrations.errors import ConfigError
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -64,12 +65,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
         or not 0 <= temperature < math.inf
     ):
         raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
-    stop = arguments.get("stop")
-    strings = [stop] if isinstance(stop, str) else stop
-    if stop is not None and not (
-        isinstance(strings, Collection) and all(isinstance(text, str) for text in strings)
-    ):
-        raise ConfigError(f"stop must be a string or strings, not {stop!r}.")
+    strings("stop", arguments.get("stop"))
 
 
 @contextmanager

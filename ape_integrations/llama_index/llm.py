@@ -43,11 +43,12 @@ from ape_integrations.llama_index.responses import (
     read,
 )
 from ape_integrations.models import DEMO_MODEL_NAME
-from ape_integrations.store import KVStore
+from ape_integrations.store import check_store
 
 if TYPE_CHECKING:
     from ape_integrations.core.generation import GenerationResult, GenerationStream
     from ape_integrations.core.generator import APEGenerator
+    from ape_integrations.store import KVStore
 
 #: Fields that the generator is made of, or that decide what reaches it.
 _SETTLED = frozenset(
@@ -200,13 +201,9 @@ class APELLM(CustomLLM):
     ) -> None:
         if store is not None and cache_dir is not None:
             raise ConfigError("store and cache_dir are the same thing: pass one of them.")
+        check_store(store)
         if isinstance(store, (str, Path)):
             store, cache_dir = None, store
-        elif store is not None and not isinstance(store, KVStore):
-            raise ConfigError(
-                "store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a "
-                f"directory, not {type(store).__name__}."
-            )
         model, model_name = _by_name("model", model, model_name)
         tokenizer, tokenizer_name = _by_name("tokenizer", tokenizer, tokenizer_name)
         if generator is not None:

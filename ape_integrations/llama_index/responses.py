@@ -13,7 +13,7 @@ from llama_index.core.base.llms.types import (
     MessageRole,
 )
 
-from ape_integrations.core.asynchronous import iterate
+from ape_integrations.core.asynchronous import Pieces
 from ape_integrations.llama_index.arguments import clear_argument_errors
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ async def aread(
 ) -> AsyncGenerator[R, None]:
     """As `read`, without blocking the event loop."""
     text = ""
-    async with aclosing(iterate(stream)) as deltas:
+    async with aclosing(Pieces(stream)) as deltas:
         while (delta := await _anext(deltas)) is not None:
             text += delta
             yield piece(text, delta)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from ape_integrations.errors import ConfigError
 from ape_integrations.store.base import (
     Destination,
     KVSpec,
@@ -35,6 +37,21 @@ __all__ = [
 
 DEFAULT_MEMORY = "1GB"
 """Budget of the memory tier that `open_store` puts in front of a directory."""
+
+
+def check_store(store: object) -> None:
+    """Refuse what is no store and no directory, before anything is opened or loaded.
+
+    Raises
+    ------
+    ConfigError
+        It is neither a store, a path nor None.
+    """
+    if store is not None and not isinstance(store, (KVStore, str, Path)):
+        raise ConfigError(
+            "store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a directory, "
+            f"not {type(store).__name__}."
+        )
 
 
 def open_store(store: KVStore | str | os.PathLike[str] | None = None) -> KVStore:

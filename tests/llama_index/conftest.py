@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.postprocessor import MetadataReplacementPostProcessor
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
@@ -40,6 +42,17 @@ class FixedRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return [NodeWithScore(node=self.nodes[i], score=1.0 - i / 10) for i in self.wanted]
+
+
+def window_engine(llm: APELLM, nodes: Sequence[TextNode]) -> RetrieverQueryEngine:
+    """Return an engine that asks with each node's metadata "window" in the place of its text."""
+    for node in nodes:
+        node.excluded_llm_metadata_keys = ["window"]
+    return RetrieverQueryEngine.from_args(
+        FixedRetriever(nodes),
+        llm=llm,
+        node_postprocessors=[MetadataReplacementPostProcessor("window")],
+    )
 
 
 class Calls:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.query_engine import CustomQueryEngine, RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
@@ -16,7 +15,14 @@ from llama_index_instrumentation import get_dispatcher
 from ape_integrations.core.config import APEConfig
 from ape_integrations.errors import ConfigError
 from ape_integrations.llama_index import APELLM, capture
-from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, entries, make_nodes
+from tests.llama_index.conftest import (
+    TEXTS,
+    Calls,
+    FixedRetriever,
+    entries,
+    make_nodes,
+    window_engine,
+)
 
 QUESTION = "Where is the lamp?"
 
@@ -168,12 +174,7 @@ def test_window_with_metadata_is_one_context(llm: APELLM, calls: Calls) -> None:
     nodes = make_nodes(file="a.txt")
     for node in nodes:
         node.metadata["window"] = f"Before.\n{node.text}\nAfter."
-        node.excluded_llm_metadata_keys = ["window"]
-    engine = RetrieverQueryEngine.from_args(
-        FixedRetriever(nodes),
-        llm=llm,
-        node_postprocessors=[MetadataReplacementPostProcessor("window")],
-    )
+    engine = window_engine(llm, nodes)
     for _ in range(2):
         engine.query(QUESTION)
     assert [report["hits"] for report in calls.reports] == [0, 3]

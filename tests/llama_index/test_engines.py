@@ -15,13 +15,19 @@ from llama_index.core.chat_engine import (
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.evaluation import FaithfulnessEvaluator
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 
 from ape_integrations.core.config import APEConfig
 from ape_integrations.llama_index import APELLM
-from tests.llama_index.conftest import TEXTS, Calls, FixedRetriever, entries, make_nodes
+from tests.llama_index.conftest import (
+    TEXTS,
+    Calls,
+    FixedRetriever,
+    entries,
+    make_nodes,
+    window_engine,
+)
 
 MODES = [
     "compact",
@@ -282,12 +288,7 @@ def test_replaced_node_texts_are_found(llm: APELLM, calls: Calls) -> None:
     nodes = make_nodes()
     for node in nodes:
         node.metadata["window"] = f"Before. {node.text} After."
-        node.excluded_llm_metadata_keys = ["window"]
-    engine = RetrieverQueryEngine.from_args(
-        FixedRetriever(nodes),
-        llm=llm,
-        node_postprocessors=[MetadataReplacementPostProcessor("window")],
-    )
+    engine = window_engine(llm, nodes)
     for question in QUESTIONS[:2]:
         calls.clear()
         engine.query(question)
