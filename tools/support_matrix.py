@@ -2,7 +2,7 @@
 
 Usage: ``python tools/support_matrix.py`` runs ``tests/families`` and rewrites the page;
 ``--results FILE`` takes the JUnit file of an earlier run instead (``pytest tests/families
--o junit_family=xunit1 --junitxml FILE``).
+-m "" -o junit_family=xunit1 --junitxml FILE``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ COLUMNS = {
         "test_one_context_equals_sequential_in_bf16",
         "test_text_only_equals_sequential_in_bf16",
     ),
+    "compiled": ("test_compiled_decoding_equals_brute_force",),
 }
 
 
@@ -163,7 +164,8 @@ The tables say what was tested, with tiny random models of {count} kinds on CPU
 - **drafts**: guesses copied from the contexts, verified several at a time, change no token;
 - **batch**: queries of unequal length answered together get what each gets alone;
 - **sequential**: one context with T = S = 1 gives the model's own tokens in fp32, and its logits;
-- **bf16**: one context in bf16 is no further from fp32 than 1.5 times the model's own bf16.
+- **bf16**: one context in bf16 is no further from fp32 than 1.5 times the model's own bf16;
+- **compiled**: "decoding" again, in a model whose `compile()` was called.
 """
 
 _VISION = """Load them with `APEGenerator.from_pretrained` or pass the loaded model: prompts are
@@ -186,6 +188,13 @@ _LIMITS = """## What to know
   packages are installed. KV states have the dtype of the model's computation.
 - **Several devices.** Offloading to CPU and disk (accelerate) is tested. States stay on the device
   of their layer; placement on several GPUs and MPS uses the same code but is not tested here.
+- **`torch.compile`.** A model whose `compile()` was called, or whose `forward` was replaced by
+  `torch.compile(model.forward)`, runs compiled, before or after it was handed over; APE's own
+  attention stays one operation per layer, and one graph serves all contexts. Nothing breaks the
+  graph but the routing of mixtures of experts. The first questions wait for the compiler. What
+  `torch.compile(model)` returns is served too, by the model inside, uncompiled: its `generate()`
+  does the same in transformers. On the CPU it brought nothing
+  ([benchmarks](benchmarks.md#torchcompile)); CUDA was not tried.
 - **Mixture of experts.** Tokens are routed alike up to rounding; where two experts are almost
   equally likely, a different batch may choose the other one, as it may in any batch.
 """
@@ -199,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if results is None:
             results = Path(folder) / "results.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "tests/families"]
+            command = [sys.executable, "-m", "pytest", "-q", "tests/families", "-m", ""]
             # The page that is about to be written is not among the evidence for it.
             command += ["--ignore=tests/families/test_support_matrix.py"]
             command += ["-o", "junit_family=xunit1", f"--junitxml={results}"]

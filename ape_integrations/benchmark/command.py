@@ -54,6 +54,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="call the model's compile() first, for sequential runs too",
+    )
     parser.add_argument("--directory", type=Path, help="where the on-disk store is made")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, help="save a plot (PNG); needs matplotlib")
@@ -104,6 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "device": _device_name(arguments.device),
         "threads": torch.get_num_threads(),
+        "compiled": arguments.compile,
         "torch": torch.__version__,
         "results": results,
     }
@@ -124,7 +130,17 @@ def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load_model(
         arguments.model, arguments.shape, arguments.dtype, arguments.device
     )
-    benchmark = Benchmark(model, tokenizer, arguments.modes or tuple(MODES), arguments.directory)
+    if arguments.compile:
+        # Sequential runs, batches and chats each bring shapes of their own.
+        torch._dynamo.config.recompile_limit = 64
+        model.compile()
+    benchmark = Benchmark(
+        model,
+        tokenizer,
+        arguments.modes or tuple(MODES),
+        arguments.directory,
+        rehearse=arguments.compile,
+    )
     return [
         benchmark.run(_workload(arguments, count), arguments.repetitions)
         for count in arguments.contexts
@@ -136,6 +152,8 @@ def _grow(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     unknown = [mode for mode in arguments.modes or () if mode not in GROWTH_MODES]
     if unknown:
         raise ConfigError(f"--growth knows no mode {unknown[0]!r}: {', '.join(GROWTH_MODES)}.")
+    if arguments.compile:
+        raise ConfigError("--compile goes without --growth.")
     size = arguments.context_tokens
     workloads = [_workload(arguments, max(1, total // size)) for total in arguments.growth or SIZES]
     source = Source(

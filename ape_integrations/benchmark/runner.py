@@ -121,6 +121,8 @@ class Benchmark:
         Which of :data:`MODES`.
     directory : Path, optional
         Where the on-disk store is made; a temporary directory where none is given.
+    rehearse : bool
+        Run each mode once without measuring it, as a model that is compiled on the way needs it.
     """
 
     def __init__(
@@ -129,11 +131,14 @@ class Benchmark:
         tokenizer: PreTrainedTokenizerBase,
         modes: Sequence[str] = tuple(MODES),
         directory: Path | None = None,
+        *,
+        rehearse: bool = False,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._modes = [mode for mode in MODES if mode in modes]
         self._directory = directory
+        self._rehearse = rehearse
         embeddings: Any = model.get_input_embeddings()
         self._vocabulary: int = embeddings.weight.shape[0]
 
@@ -149,6 +154,8 @@ class Benchmark:
             session = _Session(self._model, self._tokenizer, self._vocabulary, workload, folder)
             measured = {mode: Measurement() for mode in self._modes}
             session.prepare()
+            for mode in self._modes if self._rehearse else ():
+                session.measure(mode, Measurement())
             steps = [mode for _ in range(repetitions) for mode in self._modes]
             for mode in tqdm(steps, desc="Benchmark", unit="run", disable=None):
                 session.measure(mode, measured[mode])

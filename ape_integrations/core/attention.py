@@ -29,6 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ape_integrations.core import products
+from ape_integrations.core.compiled import Appending
 from ape_integrations.errors import UnsupportedModelError
 
 #: Pieces into which keys are split for a query of at most so many rows, from so many keys on.
@@ -176,7 +177,7 @@ def ape_attention_forward(
     tuple of Tensor and None
         Output ``(batch, length, heads, head_dim)``; no attention weights.
     """
-    if not isinstance(key, PartitionedStates):
+    if not isinstance(key, PartitionedStates | Appending):
         forward = fallback_forward(module, fallback)
         return forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:

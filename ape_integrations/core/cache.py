@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from ape_integrations.core.attention import Partition, PartitionedStates
+from ape_integrations.core.compiled import CompilableCache
 from ape_integrations.core.transfer import Arrival
 
 #: Tokens that a tail has room for when it is first written, beyond what is written.
@@ -101,10 +102,11 @@ class APECacheLayer(CacheLayerMixin):
         self.layout = layout
         self._arrival = arrival
         self._tail_capacity = tail_capacity
-        self._padding = torch.tensor(padding) if any(padding) else None
+        self._padding = torch.tensor(padding, device="cpu") if any(padding) else None
         self.temperature = temperature
         self.scale = scale
         self.length = 0
+        self._start = layout.query_position
         self._prefix = self._fixed(prefix, self._prefix_positions, 0, layout.prefix_length - 1)
         self._lead = 0  # tokens of the prefix that stand before the tail
         self._contexts = contexts and self._fixed(
@@ -237,7 +239,7 @@ class APECacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the logical length: prefix, longest context and tail."""
-        return self.layout.query_position + self.length
+        return self._start + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Ask for the smallest mask: partitions, not masks, say what is visible."""
@@ -283,7 +285,7 @@ class APECacheLayer(CacheLayerMixin):
             self.values = self.values[indices.to(self.values.device)]
 
 
-class APECache(Cache):
+class APECache(CompilableCache):
     """Cache of one prompt for ``model.generate()`` or ``model.forward()``.
 
     It already holds prefix and contexts, so pass ids and a mask of the full logical length
@@ -334,7 +336,7 @@ class APECache(Cache):
             )
             for index, states in enumerate(prefix)
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers)
         self.layout = layout
         self.name = name
 

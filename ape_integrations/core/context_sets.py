@@ -183,7 +183,9 @@ class ContextSetPool:
         ]
         memory = self._reusable(sum(sizes))
         if memory is None:
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._pinned)
+            memory = torch.empty(
+                sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=self._pinned
+            )
         offset, views = 0, []
         for layer, spec in enumerate(self._info.layers):
             for shape, span in zip(

@@ -99,9 +99,9 @@ class ContextEncoder:
     ) -> Iterator[tuple[int, KVStates]]:
         prefix_length, longest = prefix[0][0].shape[1], len(contexts[batch[-1]])
         # Padding stands to the right, where causal attention never looks.
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long, device="cpu")
         for row, index in enumerate(batch):
-            ids[row, : len(contexts[index])] = torch.as_tensor(contexts[index])
+            ids[row, : len(contexts[index])] = torch.as_tensor(contexts[index], device="cpu")
         ids = ids.to(self._info.input_device)
         cache = APECache(ContextLayout(prefix_length, ()), prefix, tail_capacity=longest)
         for start in range(0, longest, self._max_batch_tokens):

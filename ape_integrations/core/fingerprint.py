@@ -134,10 +134,10 @@ def _offloaded(module: Any, name: str) -> Tensor:
         weights = getattr(each, "weights_map", None)
         if weights is not None:
             try:
-                return torch.as_tensor(weights[name])
+                return torch.as_tensor(weights[name], device="cpu")
             except KeyError:
                 continue
-    return torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
+    return torch.tensor(list(os.urandom(16)), dtype=torch.uint8, device="cpu")
 
 
 def _plain_tensors(tensor: Tensor) -> list[Tensor]:

@@ -48,7 +48,9 @@ from ape_integrations.core.model import (
     check_supported,
     embeddings,
     unchanged_on_failure,
+    unwrapped,
 )
+from ape_integrations.core.modes import computing, uncompiled
 from ape_integrations.core.prepared import PreparedPrompt, PromptPreparer
 from ape_integrations.core.products import fast_products, prepare_linears
 from ape_integrations.core.prompt import PromptParts, PromptSplitter
@@ -73,7 +75,8 @@ class APEGenerator:
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder-only model with a language modelling head.
+        A decoder-only model with a language modelling head; one whose ``compile()`` was called
+        runs compiled.
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer.
     store : KVStore, str, Path or None
@@ -109,11 +112,13 @@ class APEGenerator:
         tail_bytes: int = 1 << 28,
         batch_bytes: int = 1 << 30,
     ) -> None:
+        model = unwrapped(model)
         check_supported(model)
         self.config = config or APEConfig()
         self._dtype = embeddings(model).dtype
         _check_dtype(model, self._dtype)
-        with unchanged_on_failure(model):
+        # What a model wants to see and which logits it gives shows in code that is not compiled.
+        with computing(), uncompiled(), unchanged_on_failure(model):
             self.model = model.eval()
             self.info = attach(model)
             self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
@@ -234,6 +239,8 @@ class APEGenerator:
     ) -> Iterator[APECache]:
         """Yield a cache that holds prefix and contexts, for ``model.generate()`` or ``forward()``.
 
+        No gradients are recorded until the exit.
+
         Parameters
         ----------
         prompt : PreparedPrompt
@@ -256,7 +263,8 @@ class APEGenerator:
         _check_dtype(self.model, self._dtype)
         figures = figures or Figures()
         self._note_prefix(prompt.prefix)
-        prefix = self._source.prefix(prompt.prefix, figures)
+        with computing():
+            prefix = self._source.prefix(prompt.prefix, figures)
         keys, contexts = self._ordered(prompt)
         lengths = tuple(map(len, contexts))
         layout = prompt.layout if prompt.sequential else ContextLayout(len(prompt.prefix), lengths)
@@ -273,7 +281,8 @@ class APEGenerator:
             figures.recompute += time.perf_counter() - began
 
         finish = arrange if prompt.sequential else None
-        with self._sets.borrow(name, sum(lengths), fill, finish) as (context_set, ready):
+        borrowed = self._sets.borrow(name, sum(lengths), fill, finish)
+        with computing(), borrowed as (context_set, ready):
             if ready:
                 figures.hits += len(contexts)
             layers = context_set.layers
@@ -336,6 +345,7 @@ class APEGenerator:
             while len(self._recent_prefixes) > KEPT_PREFIXES:
                 self._recent_prefixes.popitem(last=False)
 
+    @computing()
     def warm(
         self, prefix: str, contexts: Sequence[str], show_progress: bool = True
     ) -> dict[str, int]:
@@ -529,7 +539,7 @@ class APEGenerator:
 
         return GenerationStream(run)
 
-    @torch.no_grad()
+    @computing()
     @fast_products()
     def _run(
         self,
@@ -692,7 +702,7 @@ class APEGenerator:
             mask[row, len(head) : len(head) + length - len(query)] = 0
         return torch.tensor(ids, device=device), mask
 
-    @torch.no_grad()
+    @computing()
     @fast_products()
     def query_logits(
         self,

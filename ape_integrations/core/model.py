@@ -79,6 +79,15 @@ def attach(model: PreTrainedModel) -> ModelInfo:
     return info
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model inside what ``torch.compile(model)`` returns.
+
+    That wrapper's ``generate()`` is the inner model's and does not run compiled code; a model whose
+    own ``compile()`` was called needs no wrapper and does.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
 def model_name(model: PreTrainedModel) -> str:
     """Return the name or path that a model was loaded from, or its architecture."""
     return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ape_integrations.core.compiled import opaque
+
 #: (rows, outputs, inputs) of the products that are timed: many rows, and one.
 _MANY_ROWS = ((32, 1536, 576), (256, 576, 576))
 _ONE_ROW = (1, 4096, 1024)
@@ -137,8 +139,11 @@ def _faster(
     candidate: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int, int], margin: float
 ) -> bool:
     rows, outputs, inputs = shape
-    own = torch.Generator()  # nobody's random numbers change
-    x, weight = torch.rand(rows, inputs, generator=own), torch.rand(outputs, inputs, generator=own)
+    own = torch.Generator("cpu")  # nobody's random numbers change
+    x, weight = (
+        torch.rand(count, inputs, generator=own, dtype=torch.float32, device="cpu")
+        for count in (rows, outputs)
+    )
 
     def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
         began = time.perf_counter()
@@ -165,6 +170,13 @@ def active() -> bool:
     return getattr(_inside, "on", False)
 
 
+_opaque_linear = opaque(
+    "linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
+    linear,
+    lambda rows, weight, bias: rows.new_empty(*rows.shape[:-1], weight.shape[0]),
+)
+
+
 class _Linear(nn.Linear):
     """A linear layer that can use these products; otherwise the layer that it was."""
 
@@ -179,7 +191,9 @@ class _Linear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and weight.is_contiguous()
         ):
-            return linear(input, weight, self.bias)
+            # A compiler that looked inside would not know the product.
+            product = _opaque_linear if torch.compiler.is_compiling() else linear
+            return product(input, weight, self.bias)
         return super().forward(input)
 
     def _get_name(self) -> str:

@@ -105,7 +105,7 @@ class SequencedStates(PartitionedStates):
         own = _piece(contexts, first, last + 1)
         mask = None
         if last + 1 - first > len(places):
-            columns = torch.arange(first, last + 1)
+            columns = torch.arange(first, last + 1, device="cpu")
             mask = (columns <= places[:, None])[None].to(own.keys.device)
         return [
             (part, part_mask)
@@ -124,9 +124,9 @@ class SequencedStates(PartitionedStates):
         offset = contexts.first_position
         start = max(0, int(places[0]) - window + 1)
         near = _piece(contexts, start, int(places[-1]) + 1, causal=False)
-        distance = places[:, None] - torch.arange(start, int(places[-1]) + 1)
+        distance = places[:, None] - torch.arange(start, int(places[-1]) + 1, device="cpu")
         parts = [(near, (distance >= 0) & (distance < window))]
-        distance = places[:, None] + offset - torch.arange(offset)
+        distance = places[:, None] + offset - torch.arange(offset, device="cpu")
         if bool((distance < window).any()):
             parts.append((prefix, distance < window))
         return [(part, mask[None].to(part.keys.device)) for part, mask in parts]
@@ -262,8 +262,8 @@ class SequenceArranger:
         if not ratio:
             return
         count = round(ratio * (layout.total - first))
-        ids = torch.tensor([token for context in contexts for token in context])
-        places = torch.arange(first, layout.total)
+        ids = torch.tensor([token for context in contexts for token in context], device="cpu")
+        places = torch.arange(first, layout.total, device="cpu")
         if count < len(places):
             change = self._read(prefix, layout, layers, ids, places, self.measured_layer)
             if not count or self.measured_layer == len(layers) - 1:
@@ -305,7 +305,7 @@ class SequenceArranger:
                 assert reading.change is not None
                 changes.append(reading.change)
         if not changes:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         change, size = torch.cat(changes, dim=-1)
         # Keys and values count alike, however large they are.
         relative: Tensor = (change / size.mean(dim=-1, keepdim=True).clamp_min(1e-12)).sum(dim=0)

@@ -167,7 +167,10 @@ class KeyRotation:
     ) -> list[LayerRotation | str | None]:
         """Return per layer its rotation, "none" for no rotation at all, None where nothing fits."""
         angles = [
-            [call.angles(torch.full((_TOKENS,), position)) for position in (near, far)]
+            [
+                call.angles(torch.full((_TOKENS,), position, device="cpu"))
+                for position in (near, far)
+            ]
             for call in self._calls
         ]
         candidates = [

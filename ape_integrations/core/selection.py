@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from ape_integrations.core.attention import (
     Partial,
@@ -19,6 +18,7 @@ from ape_integrations.core.attention import (
     merge,
 )
 from ape_integrations.core.cache import APECache, ContextLayout
+from ape_integrations.core.compiled import CompilableCache
 from ape_integrations.core.model import ModelInfo, last_logits_only
 
 #: Tokens at the end of a query whose attention counts.
@@ -106,17 +106,17 @@ class _MeasuredStates(PartitionedStates):
         return pieces
 
 
-class _MeasuringCache(Cache):
+class _MeasuringCache(CompilableCache):
     """An APE cache that adds up the attention its contexts get."""
 
     def __init__(self, cache: APECache) -> None:
-        super().__init__(layers=cache.layers)
+        super().__init__(cache.layers)
         self._layout = cache.layout
-        self.mass = torch.zeros(len(cache.layout.lengths))
+        self.mass = torch.zeros(len(cache.layout.lengths), dtype=torch.float32, device="cpu")
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
+    def append(self, *args: Any) -> Any:
         """Append new tokens; return everything that they may read, context by context."""
-        states: Any = super().update(*args, **kwargs)[0]
+        states = super().append(*args)[0]
         values = {f.name: getattr(states, f.name) for f in fields(PartitionedStates)}
         measured = _MeasuredStates(**values, layout=self._layout, mass=self.mass)
         return measured, measured
@@ -156,5 +156,7 @@ def attention_mass(
             **last_logits_only(model),
         )
         cache.reset()
-    found: list[float] = (measuring.mass / torch.tensor(cache.layout.lengths)).tolist()
+    found: list[float] = (
+        measuring.mass / torch.tensor(cache.layout.lengths, device="cpu")
+    ).tolist()
     return found

@@ -228,7 +228,7 @@ def _as_expected(call: LayerCall, longest: int) -> bool:
     queries, keys = _positions(call.window, longest)
     zero = torch.zeros_like(queries)
     try:
-        visible = torch.as_tensor(_ask(call.rule, zero, zero, queries, keys))
+        visible = torch.as_tensor(_ask(call.rule, zero, zero, queries, keys), device="cpu")
     except (IndexError, RuntimeError):  # a rule that looks at the tokens, not at their positions
         return False
     expected = keys <= queries
@@ -262,5 +262,5 @@ def _positions(window: int | None, longest: int) -> tuple[Tensor, Tensor]:
         back = {0, 1, 2, query // 2, query - 1, query, (window or 1) - 1, window or 1}
         pairs += [(query, query - step) for step in back if step <= query]
         pairs.append((query, query + 1))
-    positions = torch.tensor(pairs)
+    positions = torch.tensor(pairs, device="cpu")
     return positions[:, 0], positions[:, 1]

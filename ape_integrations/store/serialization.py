@@ -323,7 +323,7 @@ def _read_quantized(
         for slot in layout[index * width : (index + 1) * width]:
             shared = _Tensor("", slot.dtype, slot.shape)
             if shared not in scratch:
-                scratch[shared] = torch.empty(slot.shape, dtype=slot.dtype)
+                scratch[shared] = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
             stored.append(scratch[shared])
         _read(source, stored, digest)
         dequantize_into(target, tuple(stored))
