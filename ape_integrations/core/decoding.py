@@ -142,7 +142,9 @@ def decode(
         drafts.learn(len(draft), accepted)
         pending = input_ids[:, -1:]
         start = max(prompt_length, input_ids.shape[1] - _LONGEST_MATCH)
-        draft = drafts.propose(input_ids[0, start:].tolist())
+        # Behind the last token that may be generated the model may have no position.
+        room = generation_config.max_length - input_ids.shape[1] - 1
+        draft = drafts.propose(input_ids[0, start:].tolist())[:room]
 
 
 def _read(

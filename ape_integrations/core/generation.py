@@ -417,6 +417,8 @@ class GenerationStream(Iterator[str]):
             return item
         self._finished = True
         self._thread.join()
+        if isinstance(item, StopIteration):  # which would look like the end of the text
+            raise RuntimeError("A processor or callback raised StopIteration.") from item
         if isinstance(item, BaseException):
             raise item
         raise StopIteration

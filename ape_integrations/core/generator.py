@@ -47,6 +47,8 @@ from ape_integrations.core.model import (
     attach,
     check_supported,
     embeddings,
+    is_training,
+    keep_attached,
     unchanged_on_failure,
     unwrapped,
 )
@@ -260,7 +262,7 @@ class APEGenerator:
         ConfigError
             The model computes in another dtype than when the generator was made.
         """
-        _check_dtype(self.model, self._dtype)
+        self._check_model()
         figures = figures or Figures()
         self._note_prefix(prompt.prefix)
         with computing():
@@ -295,9 +297,26 @@ class APEGenerator:
                 temperature,
                 scale,
                 padding=padding,
-                name=name,
+                # What was read behind the contexts depends on T and S.
+                name=(*name, repr((temperature, scale))),
                 arrivals=context_set.arrivals,
             )
+
+    def _check_model(self) -> None:
+        """Refuse a model that computes other states now than it would as it was attached.
+
+        Raises
+        ------
+        ConfigError
+            It was cast, an autocast block is open, or it is in training mode.
+        """
+        _check_dtype(self.model, self._dtype)
+        if is_training(self.model):
+            raise ConfigError(
+                "The model is in training mode, and its dropout would be stored with the states. "
+                "Call model.eval() first."
+            )
+        keep_attached(self.model)
 
     def _ordered(self, prompt: PreparedPrompt) -> tuple[list[str], list[list[int]]]:
         """Return store keys and token ids of a prompt's contexts, in the order of their buffer."""
@@ -363,12 +382,14 @@ class APEGenerator:
         Returns
         -------
         dict
-            ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now).
+            ``contexts``, ``hits`` (stored already) and ``misses`` (encoded now). Texts that exceed
+            the model's positions are left out with a warning: a prompt would cut them elsewhere.
         """
-        _check_dtype(self.model, self._dtype)
+        self._check_model()
         figures = Figures()
-        ids = self._preparer.context_ids(contexts)
-        self._source.ensure(self._preparer.prefix_ids(prefix), ids, figures, show_progress)
+        prefix_ids = self._preparer.prefix_ids(prefix)
+        ids = self._preparer.within_window(prefix_ids, self._preparer.context_ids(contexts))
+        self._source.ensure(prefix_ids, ids, figures, show_progress)
         self.store.flush()
         return {"contexts": len(ids), "hits": figures.hits, "misses": figures.misses}
 
@@ -400,7 +421,8 @@ class APEGenerator:
     def _prefetch(self, prefix_ids: Sequence[int], contexts: Sequence[str], encode: bool) -> None:
         ids = self._preparer.context_ids(contexts)
         self._source.promote(prefix_ids, ids)
-        if encode:
+        if encode and not is_training(self.model):
+            ids = self._preparer.within_window(prefix_ids, ids, warn=False)
             self._source.ensure(prefix_ids, ids, Figures(), show_progress=False)
 
     # Generation ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -77,6 +78,22 @@ def attach(model: PreTrainedModel) -> ModelInfo:
         # A model that was attached before is observed like any other; its own stays in front.
         _set_implementation(model, attention.register(text._attn_implementation))
     return info
+
+
+def keep_attached(model: PreTrainedModel) -> None:
+    """Put APE attention in front again where the user chose another implementation meanwhile."""
+    text = _base(model).config.get_text_config(decoder=True)
+    chosen = text._attn_implementation
+    if attention.implementation_name(chosen) != chosen:
+        _set_implementation(model, attention.register(chosen))
+
+
+def is_training(model: PreTrainedModel) -> bool:
+    """Tell whether what the model computes now is random: dropout acts in training mode."""
+    return _base(model).training or any(
+        module.training and isinstance(module, _DropoutNd) and module.p > 0
+        for module in model.modules()
+    )
 
 
 def unwrapped(model: Any) -> Any:

@@ -142,6 +142,27 @@ class PromptPreparer:
         unique = {tuple(self._tokens.literal(text.strip() + separator)): None for text in contexts}
         return [list(ids) for ids in unique]
 
+    def within_window(
+        self,
+        prefix_ids: Sequence[int],
+        contexts: Sequence[list[int]],
+        *,
+        warn: bool = True,
+    ) -> list[list[int]]:
+        """Return the contexts that the model has positions for, each alone behind a prefix."""
+        if self._max_positions is None:
+            return list(contexts)
+        room = self._max_positions - len(prefix_ids)
+        fitting = [ids for ids in contexts if len(ids) <= room]
+        if warn and len(fitting) < len(contexts):
+            warnings.warn(
+                f"{len(contexts) - len(fitting)} of {len(contexts)} texts are longer than the "
+                f"{room} positions that the model has for them, and are left out. Smaller chunks "
+                "give better answers.",
+                stacklevel=4,
+            )
+        return fitting
+
     def fit(self, prompt: PreparedPrompt, new_tokens: int) -> PreparedPrompt:
         """Check the position limit, and split contexts that are too long for it.
 

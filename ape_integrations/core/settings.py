@@ -44,6 +44,10 @@ _ALWAYS = {
     "token_healing": None,
 }
 
+#: Other ways to read several tokens at once, with the same outcome. Drafts from the contexts do so
+#: here; these would read the whole prompt again behind the cache.
+_DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
 #: Settings that count the tokens of a sequence, or look at several in a row, those of the prompt
 #: and its padding included; and ways to decode that transformers has for one sequence alone.
 _ALONE = (
@@ -53,9 +57,6 @@ _ALONE = (
     "bad_words_ids",
     "sequence_bias",
     "watermarking_config",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
     "streamer",
 )
 
@@ -111,6 +112,7 @@ class GenerationSettings:
         self.kwargs = _by_name(kwargs, defaults)
         _refuse(self.kwargs)
         self.kwargs.update(_overruled(defaults))
+        self.kwargs.update(dict.fromkeys(_DRAFTING))
         self.stop = strings("stop", self.kwargs.pop("stop", None))
         self.stop_strings = strings("stop_strings", self._value("stop_strings"))
         if self.stop_strings:
@@ -148,7 +150,7 @@ class GenerationSettings:
     def draftable(self) -> bool:
         """Whether tokens are chosen one by one, greedily or sampled, with nobody watching."""
         plain = GenerationConfig()
-        other = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale")
+        other = ("penalty_alpha", "dola_layers", "guidance_scale", "constraints", "force_words_ids")
         return (
             self.single
             and self.kwargs.get("streamer") is None
@@ -263,6 +265,11 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise ConfigError("num_return_sequences must be 1: a result holds one text.")
     if kwargs.get("assistant_model") is not None:
         raise ConfigError("assistant_model is not supported together with cached contexts.")
+    if kwargs.get("adapter_names") is not None:
+        raise ConfigError(
+            "adapter_names would be heeded for the question alone, not for the contexts. "
+            "Call model.set_adapter() before the question instead."
+        )
     if kwargs.get("token_healing"):
         raise ConfigError(
             "token_healing replaces tokens of the prompt, whose states may be cached already. "

@@ -28,16 +28,21 @@ class Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # A copy of its own: the setting is shared state of a fast tokenizer.
-        self._literal = copy.deepcopy(tokenizer)
-        self._literal.split_special_tokens = True
-        self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        self._known = lru_cache(_KNOWN_TEXTS)(self._literally)
+        self._copy()
         self._joining: dict[int, bool] = {}
         self._followers = [ids[-1] for word in ("a", " a") if (ids := self._plain_ids(word))]
         self._changes_starts = any(
             _behind(self._plain_ids, word) != self._plain_ids(word) for word in ("word", "1")
         )
+
+    def _copy(self) -> None:
+        # A copy of its own: the setting is shared state of a fast tokenizer.
+        literal = copy.deepcopy(self.tokenizer)
+        literal.split_special_tokens = True
+        self._special_ids = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        self._known = lru_cache(_KNOWN_TEXTS)(self._literally)
+        self._literal = literal
+        self._size = len(self.tokenizer)
 
     def prompt(self, text: str) -> list[int]:
         """Tokenise the start of a prompt; special tokens are added unless the text has them.
@@ -65,6 +70,8 @@ class Tokens:
 
         The same documents are retrieved again and again, so their ids are kept.
         """
+        if len(self.tokenizer) != self._size:  # tokens were added meanwhile
+            self._copy()
         known = self._known if len(text) <= _KNOWN_LENGTH else self._literally
         return known(text).tolist()
 
@@ -97,6 +104,10 @@ class Tokens:
 
     @staticmethod
     def _ids(tokenizer: Any, text: str, **kwargs: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # halves of characters, as some readers of PDF files give them
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False, **kwargs)[
             "input_ids"
         ]

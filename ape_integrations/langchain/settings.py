@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import GenerationConfig
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.generation import GenerationResult
+from ape_integrations.core.generation import SAMPLING, GenerationResult
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.settings import is_number, strings
 from ape_integrations.errors import ConfigError
@@ -58,7 +58,6 @@ _FROM_PRETRAINED_ARGUMENTS = frozenset(
         "gguf_file",
     }
 )
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 #: Arguments of ``from_pretrained`` that nobody else should read.
 _SECRETS = frozenset({"token", "use_auth_token"})
@@ -320,8 +319,8 @@ def _sampling(call: dict[str, Any]) -> dict[str, Any]:
     """Say whether to sample: what the user gave decides, not the model's generation config."""
     if call.get("temperature") == 0:
         # None switches each of them off; what is left out would come from the generation config.
-        return {**call, "do_sample": False, **dict.fromkeys(_SAMPLING)}
-    if "do_sample" not in call and any(name in call for name in _SAMPLING):
+        return {**call, "do_sample": False, **dict.fromkeys(SAMPLING)}
+    if "do_sample" not in call and any(name in call for name in SAMPLING):
         call["do_sample"] = True
     return call
 

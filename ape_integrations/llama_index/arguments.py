@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ape_integrations.core.generation import SAMPLING
 from ape_integrations.core.settings import strings
 from ape_integrations.errors import ConfigError
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 #: What other LLM classes call the same thing.
 _SYNONYMS = {
@@ -41,7 +40,7 @@ def generation_arguments(*layers: Mapping[str, Any]) -> dict[str, Any]:
         named = {_SYNONYMS.get(name, name): value for name, value in layer.items()}
         given = {name: value for name, value in named.items() if value is not None}
         if "do_sample" not in given:
-            asks = [name for name in _SAMPLING if name in given]
+            asks = [name for name in SAMPLING if name in given]
             if given.get("temperature") == 0:
                 given["do_sample"] = False
             elif asks:

@@ -182,7 +182,6 @@ def test_the_models_own_config_breaks_nothing(
         {"encoder_no_repeat_ngram_size": 2},
         {"bad_words_ids": [[*byte_tokenizer()("s.?").input_ids[-2:], 43]]},
         {"stop_strings": ["..?"]},
-        {"prompt_lookup_num_tokens": 2},
     ],
     ids=str,
 )
