@@ -23,6 +23,7 @@ from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.core.state_source import Figures
 from ape_integrations.core.threads import PassingExecutor, release_openmp_team
+from ape_integrations.forks import forget_in_children
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,6 +111,11 @@ class SharedBatches:
         self._run = run
         self._info = info
         self._max_bytes = max_bytes
+        self.forget_other_threads()
+        forget_in_children(self)
+
+    def forget_other_threads(self) -> None:
+        """Forget calls and batches of other threads, which a forked process does not have."""
         self._lock = threading.Lock()
         #: Calls that wait, by key; a key is there as long as a batch of it runs.
         self._waiting: dict[Hashable, list[_Call]] = {}

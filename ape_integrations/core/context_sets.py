@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ape_integrations.core.model import ModelInfo
 from ape_integrations.core.transfer import Arrival, OpenLane, cuda_lane, send
+from ape_integrations.forks import forget_in_children
 
 _ALIGNMENT = 64
 
@@ -75,11 +76,18 @@ class ContextSetPool:
     ) -> None:
         self._info = info
         self._max_idle_bytes = max_idle_bytes
-        self._lock = threading.Lock()
         self._sets: OrderedDict[tuple[str, ...], ContextSet] = OrderedDict()
+        self.forget_other_threads()
+        forget_in_children(self)
         self._spare: list[Tensor] = []
         self._open_lane = open_lane
         self._pinned = any(device.type == "cuda" for device in info.devices)
+
+    def forget_other_threads(self) -> None:
+        """Forget sets that other threads use or fill, which a forked process does not have."""
+        self._lock = threading.Lock()
+        idle = {name: kept for name, kept in self._sets.items() if not kept.users}
+        self._sets = OrderedDict(idle)
 
     @contextmanager
     def borrow(

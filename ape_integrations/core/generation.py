@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -361,6 +363,16 @@ class RowSamplers(LogitsProcessor):
         return torch.cat([sampler(ids, own) for sampler, ids, own in rows])
 
 
+_open_streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Stop streams that nobody read to their end: a thread cannot be killed inside torch."""
+    for stream in list(_open_streams):
+        stream.close()
+
+
 class GenerationStream(Iterator[str]):
     """Pieces of text as they are generated; :attr:`result` once it is exhausted.
 
@@ -386,6 +398,7 @@ class GenerationStream(Iterator[str]):
         )
         self._started = False
         self._finished = False
+        _open_streams.add(self)
 
     @property
     def result(self) -> GenerationResult:

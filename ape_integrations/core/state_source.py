@@ -17,6 +17,7 @@ from ape_integrations.core.encoder import ContextEncoder
 from ape_integrations.core.fingerprint import ModelFingerprint, entry_key
 from ape_integrations.core.model import ModelInfo
 from ape_integrations.core.threads import PassingExecutor
+from ape_integrations.forks import forget_in_children
 from ape_integrations.store import KVStates, KVStore
 
 #: Prefixes whose states are kept in memory.
@@ -86,10 +87,15 @@ class StateSource:
         self._encoder = encoder
         self._info = info
         self._fingerprint = fingerprint
-        self._lock = threading.Lock()
         self._prefixes: OrderedDict[str, Layers] = OrderedDict()
-        self._encoding: dict[str, Future[KVStates]] = {}
         self._readers = PassingExecutor(_READERS, "ape-read")
+        self.forget_other_threads()
+        forget_in_children(self)
+
+    def forget_other_threads(self) -> None:
+        """Forget what other threads encode, which a forked process does not have."""
+        self._lock = threading.Lock()
+        self._encoding: dict[str, Future[KVStates]] = {}
 
     def keys(self, prefix_ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[str]:
         """Return the store keys of token ids behind ``prefix_ids``."""
@@ -153,7 +159,7 @@ class StateSource:
 
         began = time.perf_counter()
         with self._store.pin(keys):
-            loaded = list(self._readers.map(load, range(len(contexts))))
+            loaded = self._side_by_side(load, len(contexts))
         figures.load += time.perf_counter() - began
         figures.bytes_loaded += sum(size or 0 for size in loaded)
         missing = [
@@ -172,6 +178,17 @@ class StateSource:
                 value_slot.copy_(value)
 
         self._encode(prefix_ids, missing, figures, place)
+
+    def _side_by_side(self, load: Callable[[int], int | None], count: int) -> list[int | None]:
+        """Load contexts in several threads; here where the system has no thread left."""
+        pending: list[Future[int | None]] = []
+        for index in range(count):
+            try:
+                pending.append(self._readers.submit(load, index))
+            except RuntimeError:
+                pending.append(Future())
+                pending[-1].set_result(load(index))
+        return [future.result() for future in pending]
 
     def ensure(
         self,

@@ -10,12 +10,15 @@ generation gives its team back first.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
+
+from ape_integrations.forks import forget_in_children
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,6 +47,12 @@ def _pause_function() -> Callable[[int], int] | None:
     return function
 
 
+if hasattr(os, "register_at_fork"):
+    # A child would wait for its OpenMP threads for ever, which are not there. Those that are given
+    # back before are made anew.
+    os.register_at_fork(before=release_openmp_team)
+
+
 class PassingExecutor(Executor):
     """An executor whose threads end as soon as nothing is left to do.
 
@@ -58,10 +67,15 @@ class PassingExecutor(Executor):
     def __init__(self, max_workers: int, name: str) -> None:
         self._max_workers = max_workers
         self._name = name
+        self._closed = False
+        self.forget_other_threads()
+        forget_in_children(self)
+
+    def forget_other_threads(self) -> None:
+        """Forget threads and what they had to do, which a forked process does not have."""
         self._lock = threading.Lock()
         self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads: set[threading.Thread] = set()
-        self._closed = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function in a thread of its own, at most ``max_workers`` at a time.

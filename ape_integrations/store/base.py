@@ -70,8 +70,15 @@ class KVSpec:
             memory mapping, which goes back to the system when the last of them is freed.
         """
         # The allocator would keep blocks of this size for itself after they are freed.
-        flat = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=self.dtype)
+        flat = torch.frombuffer(_anonymous_memory(self.nbytes), dtype=self.dtype)
         return split_flat(flat, self)
+
+
+def _anonymous_memory(nbytes: int) -> mmap.mmap:
+    """Map fresh memory, private so that neighbours count as one of the system's mappings."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def split_flat(flat: Tensor, spec: KVSpec) -> list[tuple[Tensor, Tensor]]:
@@ -404,7 +411,10 @@ class LoadsByGet:
 
     def get(self: KVStore, key: str, spec: KVSpec) -> KVStates | None:
         """Load an entry into fresh memory, arguments as for `load`; None is a miss."""
-        destination = spec.allocate()
+        try:
+            destination = spec.allocate()
+        except (OSError, MemoryError):  # no memory is left
+            return None
         if self.load(key, spec, destination) is None:
             return None
         return from_layers(destination)

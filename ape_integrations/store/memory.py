@@ -106,7 +106,13 @@ class MemoryKVStore(LoadsByGet):
         """Store a copy of the states; see `KVStore.put`."""
         if states.nbytes > self._max_bytes:
             return self.adopt(key, states, tag)
-        return self.adopt(key, states.copy(), tag)
+        try:
+            owned = states.copy()
+        except (OSError, MemoryError):
+            with self._lock:
+                self._counts["put_failures"] += 1
+            return False
+        return self.adopt(key, owned, tag)
 
     def adopt(self, key: str, states: KVStates, tag: str = "") -> bool:
         """Store states as for `put`, but without a copy: nobody else holds them, or ever will."""
@@ -195,12 +201,14 @@ class MemoryKVStore(LoadsByGet):
         if pinned + nbytes > self._max_bytes:
             return False
         self._drop(key)
+        if self._bytes + nbytes <= self._max_bytes:
+            return True
         for other in list(self._entries):
-            if self._bytes + nbytes <= self._max_bytes:
-                break
             if other not in self._pins:
                 self._drop(other)
                 self._counts["evictions"] += 1
+                if self._bytes + nbytes <= self._max_bytes:
+                    break
         return True
 
     def _drop(self, key: str) -> bool:

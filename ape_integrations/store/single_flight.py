@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ape_integrations.forks import forget_in_children
 from ape_integrations.store.files import try_lock, unlock_and_close
 
 MAX_LOCK_FILES = 128
@@ -33,9 +34,17 @@ class EncodingLocks:
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
+        self._descriptors: dict[str, int] = {}
+        self.forget_other_threads()
+        forget_in_children(self)
+
+    def forget_other_threads(self) -> None:
+        """Forget what other threads hold, which a forked process does not have."""
         self._changed = threading.Condition()
         self._held: set[str] = set()
-        self._descriptors: dict[str, int] = {}
+        for descriptor in self._descriptors.values():  # the parent's lock stays the parent's
+            os.close(descriptor)
+        self._descriptors = {}
 
     @contextmanager
     def hold(

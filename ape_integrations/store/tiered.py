@@ -96,7 +96,10 @@ class TieredKVStore(LoadsByGet):
 
     def put(self, key: str, states: KVStates, *, tag: str = "") -> bool:
         """Store in the fastest tier now and in the others soon; see `KVStore.put`."""
-        owned = states.copy()
+        try:
+            owned = states.copy()
+        except (OSError, MemoryError):  # no memory is left
+            return False
         _put(self.tiers[0], key, owned, tag)
         with self._lock:
             self._pending[key] = owned

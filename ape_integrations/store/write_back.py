@@ -67,9 +67,13 @@ class WriteBack:
                 while self._is_full(nbytes):
                     self._start()
                     self._changed.wait()
+                self._add(self._urgent, work, nbytes)
+                return
+            except RuntimeError:
+                logger.debug("No thread can be started: work is done at once.")
             finally:
                 self._waiting -= 1
-            self._add(self._urgent, work, nbytes)
+        _do(work)
 
     def submit_patient(self, work: Work, nbytes: int = 0) -> bool:
         """Have `work` done when nothing has been going on for a moment, or room is needed.
@@ -83,7 +87,10 @@ class WriteBack:
         with self._changed:
             if self._is_full(nbytes):
                 return False
-            self._add(self._patient, work, nbytes)
+            try:
+                self._add(self._patient, work, nbytes)
+            except RuntimeError:  # no thread can be started
+                return False
             return True
 
     def note_activity(self) -> None:
@@ -116,10 +123,10 @@ class WriteBack:
         return self._bytes > 0 and self._bytes + nbytes > self._max_bytes
 
     def _add(self, queue: deque[tuple[Work, int]], work: Work, nbytes: int) -> None:
+        self._start()
         queue.append((work, nbytes))
         self._bytes += nbytes
         self._unfinished += 1
-        self._start()
         self._changed.notify_all()
 
     def _start(self) -> None:
@@ -132,10 +139,7 @@ class WriteBack:
     def _run(self) -> None:
         while (item := self._next()) is not None:
             work, nbytes = item
-            try:
-                work()
-            except Exception:
-                logger.exception("Background work of a store failed")
+            _do(work)
             del work, item
             with self._changed:
                 self._bytes -= nbytes
@@ -162,3 +166,10 @@ class WriteBack:
         """Start afresh in a forked child: the parent's thread, and its lock's holder, are gone."""
         if self._process != os.getpid():
             self.__init__(self._max_bytes)  # type: ignore[misc]
+
+
+def _do(work: Work) -> None:
+    try:
+        work()
+    except Exception:
+        logger.exception("Background work of a store failed")
