@@ -299,6 +299,8 @@ def test_messages_of_the_page_are_those_of_the_package(
     shared.mkdir()
     shared.chmod(0o777)
     narrow = APEGenerator(tiny_model(max_position_embeddings=64), tokenizer, MemoryKVStore("9MB"))
+    training = APEGenerator(tiny_model(), tokenizer, MemoryKVStore("9MB"))
+    training.model.train()
     given = [
         _message(lambda: APEGenerator.from_pretrained(_saved(tmp_path, "t5"))),
         _message(lambda: narrow.generate("Read.", TEXTS, "Where? " * 40)),
@@ -308,8 +310,10 @@ def test_messages_of_the_page_are_those_of_the_package(
         _message(lambda: APEConfig(attention_temperature=3)),
         _message(lambda: generator().warm("Read.", [""])),
         _message(lambda: generator().warm("Read.", [Document(page_content=TEXTS[0])])),
+        _message(lambda: training.warm("Read.", TEXTS)),
     ]
     with pytest.warns(UserWarning) as warned:
+        narrow.warm("Read.", ["x" * 99])
         narrow.generate("Read.", TEXTS, "Where?", max_new_tokens=2)
     given += [str(one.message) for one in warned]
     shown = re.findall(r"^\| `(.+?)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
