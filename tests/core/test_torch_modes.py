@@ -77,23 +77,14 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@contextlib.contextmanager
-def default_device() -> Iterator[None]:
-    """Set a device on which what lands by mistake cannot be computed with any more."""
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 MODES = {
     "inference mode": torch.inference_mode,
     "gradients": torch.enable_grad,
     "default dtype float64": lambda: default_dtype(torch.float64),
     "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
     "deterministic algorithms": deterministic,
-    "default device": default_device,
+    # What lands there by mistake cannot be computed with any more.
+    "default device": lambda: torch.device("meta"),
 }
 
 
