@@ -177,7 +177,7 @@ def ape_attention_forward(
     tuple of Tensor and None
         Output ``(batch, length, heads, head_dim)``; no attention weights.
     """
-    if not isinstance(key, PartitionedStates | Appending):
+    if not isinstance(key, (PartitionedStates, Appending)):
         forward = fallback_forward(module, fallback)
         return forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
