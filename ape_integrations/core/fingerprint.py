@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import weakref
@@ -41,13 +40,12 @@ _NEUTRAL = (
 
 
 #: Steps of all optimizers: fused ones change weights without torch's noticing it.
-_steps = itertools.count()
-_last_step = -1
+_steps = 0
 
 
 def _note_step(*_: object) -> None:
-    global _last_step
-    _last_step = next(_steps)
+    global _steps
+    _steps += 1
 
 
 register_optimizer_step_post_hook(_note_step)
@@ -90,9 +88,9 @@ class ModelFingerprint:
         """Return what changes with the weights, for as long as they are these tensors."""
         weights = hash(tuple(map(_state, tensors)))
         if not adapted:
-            return (_last_step, weights, "", ())
+            return (_steps, weights, "", ())
         adapters = json.dumps(_adapters(self._model), sort_keys=True)
-        return (_last_step, weights, adapters, _adapter_samples(adapted))
+        return (_steps, weights, adapters, _adapter_samples(adapted))
 
     def _are_seen(self, tensors: Sequence[Tensor]) -> bool:
         """Tell whether these are the tensors of last time; a new one may have an old one's id."""

@@ -201,14 +201,9 @@ class MemoryKVStore(LoadsByGet):
         if pinned + nbytes > self._max_bytes:
             return False
         self._drop(key)
-        if self._bytes + nbytes <= self._max_bytes:
-            return True
-        for other in list(self._entries):
-            if other not in self._pins:
-                self._drop(other)
-                self._counts["evictions"] += 1
-                if self._bytes + nbytes <= self._max_bytes:
-                    break
+        while self._bytes + nbytes > self._max_bytes:
+            self._drop(next(other for other in self._entries if other not in self._pins))
+            self._counts["evictions"] += 1
         return True
 
     def _drop(self, key: str) -> bool:
