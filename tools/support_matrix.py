@@ -186,8 +186,10 @@ _LIMITS = """## What to know
   of the adapters has entries of its own. Prompt tuning and prefix tuning are refused.
 - **Quantised weights.** int8 of torchao and 4-bit and 8-bit of bitsandbytes are tested where those
   packages are installed. KV states have the dtype of the model's computation.
-- **Several devices.** Offloading to CPU and disk (accelerate) is tested. States stay on the device
-  of their layer; placement on several GPUs and MPS uses the same code but is not tested here.
+- **Other devices.** States stay on the device of their layer, be it one accelerator or several. All
+  families are tested on simulated devices, one and two, whose tensors cannot be mixed with the
+  CPU's; CUDA's kernels are simulated there, MPS has none of its own. No real accelerator was at
+  hand. Offloading to CPU and disk (accelerate) is tested.
 - **`torch.compile`.** A model whose `compile()` was called, or whose `forward` was replaced by
   `torch.compile(model.forward)`, runs compiled, before or after it was handed over; APE's own
   attention stays one operation per layer, and one graph serves all contexts. Nothing breaks the

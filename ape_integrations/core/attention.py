@@ -18,7 +18,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,6 +75,16 @@ class Partition:
     causal: bool = False
     visible: Tensor | None = None
 
+    def to(self, device: torch.device) -> Partition:
+        """Return the same keys and values on another device."""
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            positions=lambda: self.positions().to(device),
+            visible=None if self.visible is None else self.visible.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class PartitionedStates:
@@ -101,6 +111,23 @@ class PartitionedStates:
     temperature: float
     scale: float
     padding: Tensor | None = None
+
+    def to(self, device: torch.device, **_: Any) -> PartitionedStates:
+        """Return the same on another device, where a layer that shares these states may lie.
+
+        Parameters
+        ----------
+        device : torch.device
+            Of that layer. Further arguments of :meth:`torch.Tensor.to` are ignored.
+        """
+        if self.rest[0].keys.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            rest=[part.to(device) for part in self.rest],
+            contexts=self.contexts and self.contexts.to(device),
+            padding=None if self.padding is None else self.padding.to(device),
+        )
 
     def attend(
         self,
@@ -433,13 +460,18 @@ def _fused_kernel(
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type == "cpu":
         return _flash_cpu if half or query.dtype == torch.float32 else None
-    if query.device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(query.device)[0] >= 8
-        if half and ampere and not masked and head_dim <= 256 and head_dim % 8 == 0:
+    generation = _cuda_generation(query.device)
+    if generation is not None:
+        if half and generation >= 8 and not masked and head_dim <= 256 and head_dim % 8 == 0:
             return _flash_cuda
         if (half or query.dtype == torch.float32) and not grouped and head_dim % 8 == 0:
             return _efficient_cuda
     return None
+
+
+def _cuda_generation(device: torch.device) -> int | None:
+    """Return the major compute capability of a CUDA device; None of any other."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 
 
 def _products_pay(rows: Tensor, keys: Tensor, values: Tensor) -> bool:

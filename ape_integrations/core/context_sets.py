@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ape_integrations.core.model import ModelInfo
-from ape_integrations.core.transfer import Arrival, OpenLane, cuda_lane, send
+from ape_integrations.core.transfer import Arrival, OpenLane, Transfer, cuda_lane
 from ape_integrations.forks import forget_in_children
 
 _ALIGNMENT = 64
@@ -33,6 +33,8 @@ class ContextSet:
     ----------
     staging : list of (Tensor, Tensor)
         Per layer, keys and values ``(kv_heads, total, head_dim)`` in CPU memory.
+    transfer : Transfer
+        Brings them to the model's devices.
     layers : list of (Tensor, Tensor)
         The same on the model's devices; ``staging`` itself where that is the CPU.
     arrivals : list of Arrival or None
@@ -41,6 +43,7 @@ class ContextSet:
 
     memory: Tensor
     staging: Layers
+    transfer: Transfer
     layers: Layers = field(default_factory=list)
     arrivals: list[Arrival | None] = field(default_factory=list)
     users: int = 1
@@ -89,6 +92,11 @@ class ContextSetPool:
         idle = {name: kept for name, kept in self._sets.items() if not kept.users}
         self._sets = OrderedDict(idle)
 
+    @property
+    def max_idle_tokens(self) -> int:
+        """Context tokens of the largest set that is kept for the next question."""
+        return self._max_idle_bytes // self._info.spec(1).nbytes
+
     @contextmanager
     def borrow(
         self,
@@ -106,8 +114,8 @@ class ContextSetPool:
         total : int
             Context tokens.
         fill : callable
-            Writes the states into ``staging`` of a new set. Whoever asks for the same set
-            meanwhile waits for it.
+            Writes the states into ``staging`` of a new set, and may tell its ``transfer`` how far
+            it is. Whoever asks for the same set meanwhile waits for it.
         finish : callable, optional
             Changes the layers of a new set where they compute, in place: they are its own copy.
         """
@@ -154,9 +162,7 @@ class ContextSetPool:
     ) -> None:
         try:
             fill(context_set)
-            layers, context_set.arrivals = send(
-                context_set.staging, self._info.devices, self._open_lane
-            )
+            layers, context_set.arrivals = context_set.transfer.finish()
             if finish is not None:
                 for arrival in context_set.arrivals:
                     if arrival is not None:
@@ -203,7 +209,8 @@ class ContextSetPool:
                 view = memory[offset : offset + length].view(self._info.dtype)
                 views.append(view.view(shape[0], total, shape[1]))
                 offset += span
-        return ContextSet(memory, list(zip(views[::2], views[1::2], strict=True)))
+        staging = list(zip(views[::2], views[1::2], strict=True))
+        return ContextSet(memory, staging, Transfer(staging, self._info.devices, self._open_lane))
 
     def _reusable(self, nbytes: int) -> Tensor | None:
         """Take memory that is large enough but not far too large, from spare or idle sets."""

@@ -768,6 +768,18 @@ class APEGenerator:
             ).logits
         return logits[0]
 
+    @property
+    def roomy_tokens(self) -> int | None:
+        """Context tokens that one prompt may well hold, whatever the model's positions.
+
+        None where contexts do not share positions, or are prefilled with the rest of the prompt.
+        Otherwise those of the largest set that stays assembled (``context_set_bytes``); more is no
+        error, but takes more memory.
+        """
+        if self.config.sequential or self.config.prefill == "plain":
+            return None
+        return self._sets.max_idle_tokens
+
     def clear_assembled(self, *, keep_memory: bool = False) -> None:
         """Forget assembled context sets that no generation is using, and what followed them.
 

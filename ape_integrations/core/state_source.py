@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,8 @@ from ape_integrations.store import KVStates, KVStore
 #: Prefixes whose states are kept in memory.
 KEPT_PREFIXES = 4
 
-#: Threads that read entries side by side.
-_READERS = 2
+#: Threads that read entries side by side: one alone is not as fast as memory, however few cores.
+_READERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 #: Seconds to wait for a context that another process is encoding, before encoding it as well.
 _PATIENCE = 30.0
@@ -158,8 +159,14 @@ class StateSource:
             return self._store.load(keys[index], self._info.spec(length), destination)
 
         began = time.perf_counter()
+        loaded: list[int | None] = []
+        there, complete = 0, True
         with self._store.pin(keys):
-            loaded = self._side_by_side(load, len(contexts))
+            for ids, size in zip(contexts, self._side_by_side(load, len(contexts)), strict=True):
+                loaded.append(size)
+                there, complete = there + len(ids), complete and size is not None
+                if complete:
+                    target.transfer.advance(there)
         figures.load += time.perf_counter() - began
         figures.bytes_loaded += sum(size or 0 for size in loaded)
         missing = [
@@ -179,7 +186,7 @@ class StateSource:
 
         self._encode(prefix_ids, missing, figures, place)
 
-    def _side_by_side(self, load: Callable[[int], int | None], count: int) -> list[int | None]:
+    def _side_by_side(self, load: Callable[[int], int | None], count: int) -> Iterator[int | None]:
         """Load contexts in several threads; here where the system has no thread left."""
         pending: list[Future[int | None]] = []
         for index in range(count):
@@ -188,7 +195,8 @@ class StateSource:
             except RuntimeError:
                 pending.append(Future())
                 pending[-1].set_result(load(index))
-        return [future.result() for future in pending]
+        for future in pending:
+            yield future.result()
 
     def ensure(
         self,

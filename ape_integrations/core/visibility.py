@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -90,6 +91,28 @@ class _Observation:
     calls: list[LayerCall] = field(default_factory=list)
     rules: list[tuple[Tensor, MaskFunction]] = field(default_factory=list)
 
+    def rule_of(self, mask: Tensor | None) -> MaskFunction | None:
+        """Return the rule behind a mask or a view of it."""
+        return next((rule for known, rule in self.rules if _same_memory(known, mask)), None)
+
+
+class _FollowMasks(TorchFunctionMode):
+    """Recognise masks again on the other devices of a model that is spread over several."""
+
+    def __init__(self, observation: _Observation) -> None:
+        super().__init__()
+        self._observation = observation
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.to:
+            rule = self._observation.rule_of(args[0])
+            if rule is not None:
+                self._observation.rules.append((result, rule))
+        return result
+
 
 _current: ContextVar[_Observation | None] = ContextVar("ape_observation", default=None)
 
@@ -136,7 +159,7 @@ def _observe_attention(
     if observation is None:
         forward = fallback_forward(module, fallback)
         return forward(module, query, key, value, attention_mask, **kwargs)
-    rule = next((r for mask, r in observation.rules if _same_memory(mask, attention_mask)), None)
+    rule = observation.rule_of(attention_mask)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     given = {name for name, argument in kwargs.items() if argument is not None}
@@ -167,7 +190,8 @@ def observed() -> Iterator[list[LayerCall]]:
     observation = _Observation()
     token = _current.set(observation)
     try:
-        yield observation.calls
+        with _FollowMasks(observation):
+            yield observation.calls
     finally:
         _current.reset(token)
 

@@ -10,6 +10,11 @@ This is what makes an engine fast without any change to it. Two public hooks are
 Texts are registered only; nothing is encoded before a prompt contains them. What a synthesizer
 makes itself (chunks joined to fill a window, summaries of summaries) is no retrieved text and is
 left alone, so that it does not flood the store.
+
+A synthesizer cuts nodes that do not fit the LLM's window together, each time elsewhere, and what
+was cut is never found again. Contexts share positions, so that more of them fit than it takes for
+granted: before it packs more than one window, its own prompt helper is given a larger one. A chat's
+memory, which is sized by the LLM's metadata, keeps to the model's positions.
 """
 
 from __future__ import annotations
@@ -131,6 +136,25 @@ def _register(contexts: Iterable[Context], query: Any = None) -> None:
         logger.warning("Retrieved texts could not be captured.", exc_info=True)
 
 
+def _widen(synthesizer: BaseSynthesizer, contexts: Iterable[Context]) -> None:
+    """Let a synthesizer pack more into one prompt, unless the application has chosen a window."""
+    llm: Any = synthesizer._llm
+    llm = getattr(llm, "llm", llm)  # of a StructuredLLM
+    lazy = getattr(llm, "_lazy", None)
+    if not isinstance(lazy, LazyGenerator) or not lazy.capture or llm.context_window is not None:
+        return
+    helper, window = synthesizer._prompt_helper, llm.metadata.context_window
+    if helper.context_window != window:
+        return
+    try:
+        if sum(map(len, context_texts(contexts))) > window:  # a token is a character or more
+            wider = lazy.packed_window(window)
+            synthesizer._prompt_helper = helper.model_copy(update={"context_window": wider})
+    except Exception:
+        # Where the model cannot be loaded, its first call says so.
+        logger.debug("The window of a synthesizer stays as it is.", exc_info=True)
+
+
 class _EventCapture(BaseEventHandler):
     """Registers retrieved nodes and query strings."""
 
@@ -168,8 +192,10 @@ class _SpanCapture(BaseSpanHandler[BaseSpan]):
         method, arguments = _method(id_), bound_args.arguments
         if method in _SYNTHESIS:
             _register(arguments.get("nodes", ()), arguments.get("query"))
+            _widen(instance, arguments.get("nodes", ()))
         elif method in _RESPONSE and _method(parent_span_id) not in (*_SYNTHESIS, *_RESPONSE):
             _register(arguments.get("text_chunks", ()), arguments.get("query_str"))
+            _widen(instance, arguments.get("text_chunks", ()))
 
     def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
         return None

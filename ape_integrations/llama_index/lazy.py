@@ -34,6 +34,9 @@ _KEPT = 1000
 #: Retrievals whose prompt has not been seen yet.
 _AWAITED = 16
 
+#: Windows of context that a synthesizer may put into one prompt, where contexts share positions.
+_PACKED = 4
+
 
 @dataclass(frozen=True)
 class Source:
@@ -224,6 +227,16 @@ class LazyGenerator:
         if not self._max_positions:
             self._max_positions.append(_max_positions(self._config()))
         return self._max_positions[0]
+
+    def packed_window(self, window: int) -> int:
+        """Return the tokens of one prompt, contexts included; loads the model.
+
+        Parameters
+        ----------
+        window : int
+            Those of a model whose contexts do not share positions.
+        """
+        return max(window, min(_PACKED * window, self.get().roomy_tokens or 0))
 
     def _config(self) -> Any:
         if self._generator is not None:

@@ -93,9 +93,10 @@ class APELLM(CustomLLM):
         and S.
     context_window : int, optional
         Tokens that LlamaIndex packs into one prompt. None: the model's position limit, at least
-        LlamaIndex's own default of 3900, as its synthesizers cut nodes to pieces below that. It
-        may exceed the model's limit: contexts share positions. What the model cannot read is an
-        error, never cut in silence.
+        LlamaIndex's own default of 3900, as its synthesizers cut nodes to pieces below that; and
+        where retrieved nodes are more, synthesizers pack up to four times as much into one prompt
+        instead of cutting, as contexts share positions. What the model cannot read is an error,
+        never cut in silence.
     max_new_tokens : int
         Tokens to generate where a call does not say.
     generate_kwargs, model_kwargs, tokenizer_kwargs : dict, optional

@@ -6,6 +6,8 @@ before, so that whoever reads too early reads garbage.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ class Device:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.copies = 0
 
     def open(self, device: torch.device) -> FakeLane:
         self.log.append("open")
@@ -42,9 +45,11 @@ class FakeLane:
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.layers = 0
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        target.fill_(torch.nan)
-        self.pending.append((source, target))
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.device.copies += 1
+        for source, target in pairs:
+            target.fill_(torch.nan)
+            self.pending.append((source, target))
 
     def mark(self) -> FakeArrival:
         self.layers += 1
@@ -71,9 +76,11 @@ class FakeArrival:
         self._lane.run(self._copies)
 
 
-def make_generator(device: Device | None = None, **config: Any) -> Any:
+def make_generator(
+    device: Device | None = None, store: MemoryKVStore | None = None, **config: Any
+) -> Any:
     generator = APEGenerator(
-        tiny_model("llama"), byte_tokenizer(), MemoryKVStore(), APEConfig(**config)
+        tiny_model("llama"), byte_tokenizer(), store or MemoryKVStore(), APEConfig(**config)
     )
     if device is not None:
         generator._sets = ContextSetPool(generator.info, 1 << 30, device.open)
@@ -155,10 +162,59 @@ def test_memory_of_an_idle_set_is_settled_before_another_set_takes_it() -> None:
     assert device.log[:5] == ["open", "settle 0", "settle 1", "settle 2", "open"]
 
 
+class SlowStore(MemoryKVStore):
+    """Delivers an entry only once so many copies have set out, or gives up."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.awaited: dict[str, int] = {}
+
+    def load(self, key: str, spec: Any, destination: Any) -> int | None:
+        deadline = time.monotonic() + 20
+        while self.device.copies < self.awaited.get(key, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return super().load(key, spec, destination)
+
+
+def test_large_sets_set_out_while_later_contexts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    store = SlowStore(device)
+    generator = make_generator(device, store)
+    expected = answer(make_generator())
+    assert answer(generator) == expected  # everything is stored now
+    keys, contexts = generator._ordered(generator.prepare(PREFIX, DOCUMENTS, QUERY))
+    two = len(contexts[0]) + len(contexts[1])
+    monkeypatch.setattr(transfer, "PIECE_BYTES", generator.info.spec(two).nbytes)
+    generator.clear_assembled(keep_memory=True)
+    device.copies, device.log = 0, []
+    store.awaited = {keys[2]: 3}  # one for each layer, of both contexts
+    assert answer(generator) == expected
+    assert device.copies == 6
+    assert device.log == ["open", "wait 0", "wait 1", "wait 2"]
+
+
+def test_nothing_sets_out_behind_a_context_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 1)
+    device = Device()
+    generator = make_generator(device)
+    expected = answer(make_generator())
+    keys, _ = generator._ordered(generator.prepare(PREFIX, DOCUMENTS, QUERY))
+    for missing, pieces in ((keys[:1], 0), (keys[1:2], 1), (keys[2:], 2), (keys, 0)):
+        assert answer(generator) == expected
+        for key in missing:
+            generator.store.delete(key)
+        generator.clear_assembled(keep_memory=True)
+        device.copies = 0
+        assert answer(generator) == expected
+        assert device.copies == 3 * (pieces + 1)
+
+
 def test_layers_of_a_device_without_lanes_are_copied_at_once() -> None:
     staging = [(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))] * 2
     devices = [torch.device("cpu"), torch.device("meta")]
-    layers, arrivals = transfer.send(staging, devices, transfer.cuda_lane)
+    layers, arrivals = transfer.Transfer(staging, devices, transfer.cuda_lane).finish()
     assert layers[0][0] is staging[0][0]
     assert layers[1][0].device.type == "meta"
     assert arrivals == [None, None]
@@ -219,7 +275,8 @@ def test_cuda_lane_orders_copies_behind_earlier_work_and_keeps_their_memory(
     monkeypatch.setattr(torch.cuda, "stream", Inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("compute"))
     lane = transfer.CudaLane(device)
-    lane.copy(torch.ones(1), target)
+    lane.copy([(torch.ones(1), target)])
+    lane.copy([(torch.ones(1), target)])
     arrival = lane.mark()
     arrival.wait()
     arrival.settle()
@@ -227,8 +284,12 @@ def test_cuda_lane_orders_copies_behind_earlier_work_and_keeps_their_memory(
         "side waits for compute",
         "in side",
         "copy, non_blocking=True",
-        "out",
         "memory used on side",
+        "out",
+        "in side",
+        "copy, non_blocking=True",
+        "memory used on side",
+        "out",
         "event on side",
         "compute waits for event",
         "host waits",
