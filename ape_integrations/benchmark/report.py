@@ -24,9 +24,10 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             title=(
                 f"{work['contexts']} contexts x {work['context_tokens']} tokens, "
                 f"{work['new_tokens']} new tokens, {result['kv_bytes'] / 1e6:.0f} MB of KV states"
-            )
+            ),
+            padding=(0, 0, 0, 1),
         )
-        table.add_column("mode", no_wrap=True)
+        table.add_column("mode")  # in a narrow terminal it is the names that break, not the figures
         for name in ("1st token", "ratio", "per token", "ratio", "total", "ratio", "GB"):
             table.add_column(name, justify="right", no_wrap=True)
         for mode, row in result["modes"].items():

@@ -35,6 +35,7 @@ MODES = {
     "ape disk": "states from disk, page cache warm, contexts assembled anew",
     "ape disk, uncached": "states from disk, page cache dropped for the store's files",
     "ape ram": "states from the memory tier, contexts assembled anew",
+    "ape ram, fresh memory": "the same into memory that was never used, as a first question does",
     "ape same set": "another question about the same documents: contexts stand assembled",
     "ape chat, turn 2": "the next turn over the same documents, behind the first turn's states",
     "ape batch of 8": "eight questions over one set together; time per question",
@@ -218,6 +219,7 @@ class _Session:
             "ape disk": lambda: self._warm(self._on_disk),
             "ape disk, uncached": self._uncached,
             "ape ram": lambda: self._warm(self._in_ram),
+            "ape ram, fresh memory": lambda: self._warm(self._in_ram, keep_memory=False),
             "ape same set": self._same_set,
             "ape chat, turn 2": self._chat,
             "ape batch of 8": self._batch,
@@ -311,9 +313,9 @@ class _Session:
         prompt = self._workload.prompt(self._vocabulary, seed=100 + self._cold_runs)
         return self._generate(self._on_disk, prompt)
 
-    def _warm(self, generator: APEGenerator) -> Any:
+    def _warm(self, generator: APEGenerator, *, keep_memory: bool = True) -> Any:
         # Another set takes the buffers over, as in a pipeline whose documents change.
-        generator.clear_assembled(keep_memory=True)
+        generator.clear_assembled(keep_memory=keep_memory)
         return self._generate(generator, self._prompt)
 
     def _asking(self, seed: int) -> PreparedPrompt:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ape_integrations.core.model import ModelInfo
 from ape_integrations.core.transfer import Arrival, OpenLane, Transfer, cuda_lane
 from ape_integrations.forks import forget_in_children
+from ape_integrations.pages import fresh_memory
 
 _ALIGNMENT = 64
 
@@ -197,9 +198,7 @@ class ContextSetPool:
         ]
         memory = self._reusable(sum(sizes))
         if memory is None:
-            memory = torch.empty(
-                sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=self._pinned
-            )
+            memory = self._fresh(sum(sizes))
         offset, views = 0, []
         for layer, spec in enumerate(self._info.layers):
             for shape, span in zip(
@@ -211,6 +210,11 @@ class ContextSetPool:
                 offset += span
         staging = list(zip(views[::2], views[1::2], strict=True))
         return ContextSet(memory, staging, Transfer(staging, self._info.devices, self._open_lane))
+
+    def _fresh(self, nbytes: int) -> Tensor:
+        if self._pinned:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        return fresh_memory(nbytes)
 
     def _reusable(self, nbytes: int) -> Tensor | None:
         """Take memory that is large enough but not far too large, from spare or idle sets."""

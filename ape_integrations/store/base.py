@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ape_integrations.errors import ConfigError
+from ape_integrations.pages import fresh_memory
 
 Destination = Sequence[tuple[Tensor, Tensor]]
 """Per layer key and value slices on the CPU, ``(kv_heads, length, head_dim)``, heads contiguous."""
@@ -70,15 +70,7 @@ class KVSpec:
             memory mapping, which goes back to the system when the last of them is freed.
         """
         # The allocator would keep blocks of this size for itself after they are freed.
-        flat = torch.frombuffer(_anonymous_memory(self.nbytes), dtype=self.dtype)
-        return split_flat(flat, self)
-
-
-def _anonymous_memory(nbytes: int) -> mmap.mmap:
-    """Map fresh memory, private so that neighbours count as one of the system's mappings."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, nbytes)
+        return split_flat(fresh_memory(self.nbytes).view(self.dtype), self)
 
 
 def split_flat(flat: Tensor, spec: KVSpec) -> list[tuple[Tensor, Tensor]]:
