@@ -769,7 +769,7 @@ class APEGenerator:
         return logits[0]
 
     @property
-    def roomy_tokens(self) -> int | None:
+    def context_room(self) -> int | None:
         """Context tokens that one prompt may well hold, whatever the model's positions.
 
         None where contexts do not share positions, or are prefilled with the rest of the prompt.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -11,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from ape_integrations.core.context_sets import ContextSet, Layers
@@ -24,8 +24,8 @@ from ape_integrations.store import KVStates, KVStore
 #: Prefixes whose states are kept in memory.
 KEPT_PREFIXES = 4
 
-#: Threads that read entries side by side: one alone is not as fast as memory, however few cores.
-_READERS = max(2, min(8, (os.cpu_count() or 1) // 2))
+#: Threads that read entries side by side, at least and at most; one alone is slower than memory.
+_READERS = (2, 8)
 
 #: Seconds to wait for a context that another process is encoding, before encoding it as well.
 _PATIENCE = 30.0
@@ -89,7 +89,9 @@ class StateSource:
         self._info = info
         self._fingerprint = fingerprint
         self._prefixes: OrderedDict[str, Layers] = OrderedDict()
-        self._readers = PassingExecutor(_READERS, "ape-read")
+        fewest, most = _READERS
+        readers = max(fewest, min(most, torch.get_num_threads() // 2))
+        self._readers = PassingExecutor(readers, "ape-read")
         self.forget_other_threads()
         forget_in_children(self)
 

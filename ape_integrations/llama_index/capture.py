@@ -138,16 +138,16 @@ def _register(contexts: Iterable[Context], query: Any = None) -> None:
 
 def _widen(synthesizer: BaseSynthesizer, contexts: Iterable[Context]) -> None:
     """Let a synthesizer pack more into one prompt, unless the application has chosen a window."""
-    llm: Any = synthesizer._llm
-    llm = getattr(llm, "llm", llm)  # of a StructuredLLM
-    lazy = getattr(llm, "_lazy", None)
-    if not isinstance(lazy, LazyGenerator) or not lazy.capture or llm.context_window is not None:
-        return
-    helper, window = synthesizer._prompt_helper, llm.metadata.context_window
-    if helper.context_window != window:
-        return
     try:
-        if sum(map(len, context_texts(contexts))) > window:  # a token is a character or more
+        llm: Any = synthesizer._llm
+        llm = getattr(llm, "llm", llm)  # of a StructuredLLM
+        lazy = getattr(llm, "_lazy", None)
+        if not isinstance(lazy, LazyGenerator) or not lazy.capture or llm.context_window:
+            return
+        helper, window = synthesizer._prompt_helper, llm.metadata.context_window
+        # A token is a byte or more.
+        nbytes = sum(len(text.encode(errors="replace")) for text in context_texts(contexts))
+        if helper.context_window == window < nbytes:
             wider = lazy.packed_window(window)
             synthesizer._prompt_helper = helper.model_copy(update={"context_window": wider})
     except Exception:

@@ -236,7 +236,7 @@ class LazyGenerator:
         window : int
             Those of a model whose contexts do not share positions.
         """
-        return max(window, min(_PACKED * window, self.get().roomy_tokens or 0))
+        return max(window, min(_PACKED * window, self.get().context_room or 0))
 
     def _config(self) -> Any:
         if self._generator is not None:
