@@ -111,7 +111,7 @@ class APEGenerator:
         config: APEConfig | None = None,
         *,
         context_set_bytes: int = 2 << 30,
-        tail_bytes: int = 1 << 28,
+        tail_bytes: int = 1 << 29,
         batch_bytes: int = 1 << 30,
     ) -> None:
         model = unwrapped(model)
@@ -604,13 +604,17 @@ class APEGenerator:
             padding = [len(longest.query) - len(query) for query in queries]
             with self.assemble(read, figures, padding) as cache:
                 began = time.perf_counter()
-                if settings.single and len(queries) == 1:
-                    figures.reused = self._tails.restore(cache.name, queries[0], cache)
+                if settings.single:
+                    restored = self._tails.restore(cache.name, queries, cache)
+                    for request, before in zip(requests, padding, strict=True):
+                        request.figures.reused = max(0, restored - before)
                 sequences = generate(
                     past_key_values=cache, **self._drafts(settings, read, len(queries))
                 )
-                behind = sequences[0, input_ids.shape[1] - len(queries[0]) :].tolist()
-                self._tails.keep(cache.name, behind, cache)
+                if settings.single:
+                    behind = sequences[:, input_ids.shape[1] - len(longest.query) :].tolist()
+                    rows = [ids[before:] for ids, before in zip(behind, padding, strict=True)]
+                    self._tails.keep(cache.name, rows, cache)
         else:
             sequences = generate()
         sink.finish(sequences)

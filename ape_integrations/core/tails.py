@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,26 +13,36 @@ from ape_integrations.core.cache import APECache
 #: Fewer common tokens than this are not worth copying.
 _WORTHWHILE = 4
 
+Layers = list[tuple[Tensor, Tensor]]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """Memory that the tails of one generation share."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
 class Tail:
     """Tokens behind one set of contexts and their states.
 
     Parameters
     ----------
+    name : tuple of str
+        The set of contexts, and what else the states depend on.
     ids : tuple of int
         Query and generated tokens whose states are kept.
     layers : list of (Tensor, Tensor)
         Per layer, keys and values ``(1, kv_heads, length, head_dim)``; never written again.
+    memory : _Memory
+        Where they lie.
     """
 
+    name: tuple[str, ...]
     ids: tuple[int, ...]
-    layers: list[tuple[Tensor, Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the states in bytes."""
-        return sum(tensor.untyped_storage().nbytes() for pair in self.layers for tensor in pair)
+    layers: Layers
+    memory: _Memory
 
     def common(self, ids: Sequence[int]) -> int:
         """Return how many leading tokens ``ids`` shares with this tail."""
@@ -46,7 +55,10 @@ class Tail:
 
 
 class TailMemory:
-    """The latest tail of each context set, within a byte budget.
+    """The latest tails within a byte budget.
+
+    A set of contexts may have several: many people ask about the same documents, each in a
+    conversation of their own.
 
     Parameters
     ----------
@@ -57,49 +69,99 @@ class TailMemory:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._tails: OrderedDict[tuple[str, ...], Tail] = OrderedDict()
+        self._tails: list[Tail] = []  # least recently used first
 
-    def restore(self, name: tuple[str, ...], query: Sequence[int], cache: APECache) -> int:
+    def restore(
+        self, name: tuple[str, ...], queries: Sequence[Sequence[int]], cache: APECache
+    ) -> int:
         """Copy the states of known leading query tokens into ``cache``.
 
-        At least one query token is left to read, because its logits are needed.
+        At least one token of each query is left to read, because its logits are needed. Queries
+        of a batch are padded to the left; as many tokens are left to read of all of them.
 
         Returns
         -------
         int
-            Tokens restored.
+            Tokens restored, the padding of shorter queries included.
         """
-        with self._lock:
-            tail = self._tails.get(name)
-            if tail is None:
-                return 0
-            self._tails.move_to_end(name)
-        count = min(tail.common(query), len(query) - 1)
+        longest = max(map(len, queries))
+        tails = [self._best(name, query) for query in queries]
+        left = max(
+            len(query) - min(tail.common(query) if tail else 0, len(query) - 1)
+            for tail, query in zip(tails, queries, strict=True)
+        )
+        count = longest - left
         if count < _WORTHWHILE:
             return 0
-        cache.restore_tail(tail.layers, count)
+        padding = [longest - len(query) for query in queries]
+        cache.restore_tail(_side_by_side(tails, padding, count), count)
         return count
 
-    def keep(self, name: tuple[str, ...], ids: Sequence[int], cache: APECache) -> None:
-        """Keep the tail of a cache that nobody will write to again.
+    def _best(self, name: tuple[str, ...], query: Sequence[int]) -> Tail | None:
+        with self._lock:
+            known = [tail for tail in self._tails if tail.name == name]
+            best = max(known, key=lambda tail: tail.common(query), default=None)
+            if best is not None:
+                self._tails.remove(best)
+                self._tails.append(best)
+            return best
+
+    def keep(
+        self, name: tuple[str, ...], sequences: Sequence[Sequence[int]], cache: APECache
+    ) -> None:
+        """Keep the tails of a cache that nobody will write to again.
 
         Parameters
         ----------
-        ids : sequence of int
-            Query and generated tokens, as far as known; the tail may be shorter by the last one.
+        sequences : sequence of sequence of int
+            Query and generated tokens of each batch item, as far as known and without padding; the
+            states may lack the last one.
         """
         layers, length = cache.tail_states()
-        if not self._max_bytes or length == 0 or layers[0][0].shape[0] != 1:
+        if not self._max_bytes or length == 0 or layers[0][0].shape[0] != len(sequences):
             return
-        tail = Tail(tuple(ids[:length]), layers)
+        memory = _Memory(sum(t.untyped_storage().nbytes() for layer in layers for t in layer))
+        longest = max(map(len, sequences))
+        made = []
+        for row, ids in enumerate(sequences):
+            padding = longest - len(ids)
+            own = [
+                (keys[row : row + 1, :, padding:], values[row : row + 1, :, padding:])
+                for keys, values in layers
+            ]
+            made.append(Tail(name, tuple(ids[: length - padding]), own, memory))
         with self._lock:
-            self._tails[name] = tail
-            self._tails.move_to_end(name)
-            total = sum(kept.nbytes for kept in self._tails.values())
-            while self._tails and total > self._max_bytes:
-                total -= self._tails.popitem(last=False)[1].nbytes
+            # What a new tail begins with is the same conversation, a turn ago.
+            old = [tail for tail in self._tails if not any(_is_start(tail, new) for new in made)]
+            self._tails = [*old, *made]
+            while self._nbytes() > self._max_bytes:
+                del self._tails[0]
+
+    def _nbytes(self) -> int:
+        return sum(memory.nbytes for memory in {tail.memory for tail in self._tails})
 
     def clear(self) -> None:
         """Drop all tails."""
         with self._lock:
             self._tails.clear()
+
+
+def _side_by_side(tails: Sequence[Tail | None], padding: Sequence[int], count: int) -> Layers:
+    """Return the first ``count`` tokens of a batch, ``(batch, kv_heads, count, head_dim)``."""
+    if len(tails) == 1 and tails[0] is not None:
+        return tails[0].layers
+    some = next(tail for tail in tails if tail is not None)
+
+    def joined(layer: int, part: int) -> Tensor:
+        one = some.layers[layer][part]
+        states = one.new_zeros(len(tails), one.shape[1], count, one.shape[3])
+        for row, (tail, before) in enumerate(zip(tails, padding, strict=True)):
+            if tail is not None and count > before:
+                states[row, :, before:] = tail.layers[layer][part][0, :, : count - before]
+        return states
+
+    return [(joined(layer, 0), joined(layer, 1)) for layer in range(len(some.layers))]
+
+
+def _is_start(tail: Tail, other: Tail) -> bool:
+    return tail.name == other.name and tail.common(other.ids) == len(tail.ids)

@@ -340,6 +340,8 @@ def _place(name: str) -> str | None:
     """Say where an argument belongs that something else takes."""
     if name == "max_new_tokens":
         return "Pass it as max_tokens, or in model_kwargs."
+    if name == "generator":
+        return "Pass it as model."
     if name in _FROM_PRETRAINED_ARGUMENTS:
         return f"It is for loading: make the model with load_kwargs={{{name!r}: ...}}."
     if name in {field.name for field in fields(APEConfig)}:

@@ -222,6 +222,7 @@ def test_model_kwargs_reach_the_generation() -> None:
     ("arguments", "message"),
     [
         ({"temprature": 0.5}, "Did you mean temperature"),
+        ({"generator": object()}, "Pass it as model"),
         ({"temperature": -1}, "greater than or equal to 0"),
         ({"max_tokens": 0}, "greater than or equal to 1"),
         ({"top_p": 1.5}, "less than or equal to 1"),
