@@ -181,6 +181,7 @@ class PromptPreparer:
                 f"The prompt does not fit the model's {limit} positions: prefix "
                 f"{len(prompt.prefix)} + query {len(prompt.query)} + new tokens {new_tokens}"
                 f"{', and some room for contexts' if prompt.contexts else ''}. "
+                f"{'' if prompt.contexts else 'No retrieved text was recognised in it. '}"
                 "Shorten the query or the history, or lower max_new_tokens."
             )
         kept = self._config.max_contexts
