@@ -206,6 +206,7 @@ class _Session:
         self._in_ram = APEGenerator(model, tokenizer, self._ram, config)
         self._prompt = workload.prompt(vocabulary, seed=0)
         self._cold_runs = 0
+        self._questions = 0
         self._prefix_cache: DynamicCache | None = None
         self._copy = _CopyRate()
         self.kv_bytes = self._on_disk.info.spec(self._prompt.layout.total).nbytes
@@ -323,8 +324,9 @@ class _Session:
         return replace(self._prompt, query=self._workload.prompt(self._vocabulary, seed).query)
 
     def _same_set(self) -> Any:
-        self._in_ram.generate_ids(self._asking(2), max_new_tokens=1, do_sample=False)
-        return self._generate(self._in_ram, self._prompt)
+        self._in_ram.generate_ids(self._prompt, max_new_tokens=1, do_sample=False)
+        self._questions += 1  # one that was asked before would start from its own states
+        return self._generate(self._in_ram, self._asking(1000 + self._questions))
 
     def _chat(self) -> Any:
         first = self._warm(self._on_disk)
@@ -335,7 +337,9 @@ class _Session:
 
     def _batch(self) -> Any:
         """Return the figures of one question: an eighth of the whole batch."""
-        prompts = [self._asking(10 + number) for number in range(8)]
+        self._in_ram.generate_ids(self._prompt, max_new_tokens=1, do_sample=False)
+        self._questions += 8
+        prompts = [self._asking(1000 + self._questions - number) for number in range(8)]
         count = self._workload.new_tokens
         start = time.perf_counter()
         results = self._in_ram.generate_batch_ids(
