@@ -118,9 +118,11 @@ class TailMemory:
             states may lack the last one.
         """
         layers, length = cache.tail_states()
-        if not self._max_bytes or length == 0 or layers[0][0].shape[0] != len(sequences):
+        if length == 0 or layers[0][0].shape[0] != len(sequences):
             return
         memory = _Memory(sum(t.untyped_storage().nbytes() for layer in layers for t in layer))
+        if memory.nbytes > self._max_bytes:
+            return
         longest = max(map(len, sequences))
         made = []
         for row, ids in enumerate(sequences):

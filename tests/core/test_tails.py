@@ -103,6 +103,16 @@ def test_latest_conversations_are_kept_within_the_budget() -> None:
     assert reused == [len(turns[2]) - 2, 0]
 
 
+def test_what_exceeds_the_budget_drops_nothing_else() -> None:
+    generator = make(tiny_model("llama"))
+    answer, _ = alone(generator, FIRST[0])
+    [tail] = generator._tails._tails
+    generator._tails._max_bytes = 2 * tail.memory.nbytes
+    together(generator, FIRST)
+    assert generator._tails._tails == [tail]
+    assert alone(generator, [*FIRST[0], *answer, 40])[1] == len(FIRST[0]) + len(answer) - 1
+
+
 def test_tails_of_one_batch_count_once_and_a_turn_replaces_the_last() -> None:
     generator = make(tiny_model("llama"))
     answers, _ = together(generator, FIRST)
