@@ -44,6 +44,9 @@ PRODUCTS_FROM, PRODUCTS_LOGITS, PRODUCTS_ROWS = 512, 1 << 20, 80
 #: which is a loss where that number grows with every token.
 PRODUCTS_FEW_ROWS, PRODUCTS_LONG = 4, 4096
 
+#: Keys from which the LSE is read, and the smallest weight that tells it.
+LSE_KEYS, LSE_SMALLEST = 64, 1e-30
+
 #: Keys that the plain implementation upcasts at a time; bounds its memory.
 PLAIN_BLOCK = 4096
 
@@ -527,8 +530,16 @@ def _few_rows_cpu(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> P
 
 
 def _lse(logits: Tensor, weights: Tensor) -> Tensor:
-    """Return the LSE of logits from their softmax: a weight is ``exp(logit - lse)``."""
-    return logits.amax(dim=-1) - weights.amax(dim=-1).log()
+    """Return the LSE of logits from their softmax: a weight is ``exp(logit - lse)``.
+
+    Any key tells it whose weight is no underflow, so that few are looked at, where they do.
+    """
+    some = slice(LSE_KEYS)
+    largest = weights[..., some].amax(dim=-1)
+    if bool((largest < LSE_SMALLEST).any()):
+        some = slice(None)
+        largest = weights.amax(dim=-1)
+    return logits[..., some].amax(dim=-1) - largest.log()
 
 
 def _few_rows(rows: Tensor, keys: Tensor) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ape_integrations.core import products
+from ape_integrations.core import attention, products
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.core.prepared import PreparedPrompt
@@ -147,3 +147,12 @@ def test_generation_uses_them_and_gives_the_same_tokens(used: list[torch.Size]) 
         patch.setattr(products, "pieces_pay", lambda: False)
         assert tokens(model) == fast
     assert not used
+
+
+@pytest.mark.parametrize("shift", [0.0, -60.0, -90.0, -1e4])
+def test_lse_whatever_the_first_keys_weigh(shift: float) -> None:
+    logits = torch.randn(2, 5, 300) * 4
+    logits[0, :3, : attention.LSE_KEYS] += shift
+    found = attention._lse(logits, logits.softmax(dim=-1))
+    expected = logits.double().logsumexp(dim=-1)
+    assert float((found - expected).abs().max()) < 1e-5
