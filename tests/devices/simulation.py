@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "sim"
-FIRST = torch.device("cpu")  # replaced below, once torch knows the name
 
 _aten = torch.ops.aten
 
