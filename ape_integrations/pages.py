@@ -19,7 +19,7 @@ def fresh_memory(nbytes: int) -> Tensor:
     Parameters
     ----------
     nbytes : int
-        At least one.
+        May be none.
 
     Returns
     -------
@@ -31,12 +31,13 @@ def fresh_memory(nbytes: int) -> Tensor:
     OSError
         No memory is left.
     """
+    length = max(nbytes, 1)  # nothing cannot be mapped
     if hasattr(mmap, "MAP_PRIVATE"):
         # Neighbours that are private count as one of the system's mappings.
-        mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
-        mapped = mmap.mmap(-1, nbytes)
+        mapped = mmap.mmap(-1, length)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapped, dtype=torch.uint8)
+    return torch.frombuffer(mapped, dtype=torch.uint8)[:nbytes]

@@ -33,6 +33,7 @@ def test_memory_is_writable_zeros() -> None:
         assert not memory.any()
         memory.fill_(7)
         assert int(memory[-1]) == 7
+    assert fresh_memory(0).shape == (0,)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")

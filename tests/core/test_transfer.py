@@ -19,6 +19,7 @@ from ape_integrations.core.cache import APECacheLayer
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.context_sets import ContextSetPool
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.prepared import PreparedPrompt
 from ape_integrations.store import MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
 
@@ -294,3 +295,10 @@ def test_cuda_lane_orders_copies_behind_earlier_work_and_keeps_their_memory(
         "compute waits for event",
         "host waits",
     ]
+
+
+@pytest.mark.parametrize("device", [None, Device()])
+def test_a_set_of_no_contexts_is_assembled_as_well(device: Device | None) -> None:
+    generator = make_generator(device)
+    with generator.assemble(PreparedPrompt([5, 6], [], [7])) as cache:
+        assert cache.get_seq_length() == 2
