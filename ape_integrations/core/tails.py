@@ -85,26 +85,26 @@ class TailMemory:
             Tokens restored, the padding of shorter queries included.
         """
         longest = max(map(len, queries))
-        tails = [self._best(name, query) for query in queries]
+        found = [self._best(name, query) for query in queries]
         left = max(
-            len(query) - min(tail.common(query) if tail else 0, len(query) - 1)
-            for tail, query in zip(tails, queries, strict=True)
+            max(len(query) - common, 1) for (_, common), query in zip(found, queries, strict=True)
         )
         count = longest - left
         if count < _WORTHWHILE:
             return 0
         padding = [longest - len(query) for query in queries]
-        cache.restore_tail(_side_by_side(tails, padding, count), count)
+        cache.restore_tail(_side_by_side([tail for tail, _ in found], padding, count), count)
         return count
 
-    def _best(self, name: tuple[str, ...], query: Sequence[int]) -> Tail | None:
+    def _best(self, name: tuple[str, ...], query: Sequence[int]) -> tuple[Tail | None, int]:
+        """Return the tail with the most of a query's leading tokens, and how many these are."""
         with self._lock:
-            known = [tail for tail in self._tails if tail.name == name]
-            best = max(known, key=lambda tail: tail.common(query), default=None)
+            known = [(tail, tail.common(query)) for tail in self._tails if tail.name == name]
+            best, common = max(known, key=lambda item: item[1], default=(None, 0))
             if best is not None:
                 self._tails.remove(best)
                 self._tails.append(best)
-            return best
+            return best, common
 
     def keep(
         self, name: tuple[str, ...], sequences: Sequence[Sequence[int]], cache: APECache
@@ -166,4 +166,4 @@ def _side_by_side(tails: Sequence[Tail | None], padding: Sequence[int], count: i
 
 
 def _is_start(tail: Tail, other: Tail) -> bool:
-    return tail.name == other.name and tail.common(other.ids) == len(tail.ids)
+    return tail.name == other.name and tail.ids == other.ids[: len(tail.ids)]

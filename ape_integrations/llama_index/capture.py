@@ -145,9 +145,10 @@ def _widen(synthesizer: BaseSynthesizer, contexts: Iterable[Context]) -> None:
         if not isinstance(lazy, LazyGenerator) or not lazy.capture or llm.context_window:
             return
         helper, window = synthesizer._prompt_helper, llm.metadata.context_window
+        if helper.context_window != window:
+            return
         # A token is a byte or more.
-        nbytes = sum(len(text.encode(errors="replace")) for text in context_texts(contexts))
-        if helper.context_window == window < nbytes:
+        if sum(len(text.encode(errors="replace")) for text in context_texts(contexts)) > window:
             wider = lazy.packed_window(window)
             synthesizer._prompt_helper = helper.model_copy(update={"context_window": wider})
     except Exception:
@@ -191,11 +192,13 @@ class _SpanCapture(BaseSpanHandler[BaseSpan]):
             return
         method, arguments = _method(id_), bound_args.arguments
         if method in _SYNTHESIS:
-            _register(arguments.get("nodes", ()), arguments.get("query"))
-            _widen(instance, arguments.get("nodes", ()))
+            contexts, query = arguments.get("nodes", ()), arguments.get("query")
         elif method in _RESPONSE and _method(parent_span_id) not in (*_SYNTHESIS, *_RESPONSE):
-            _register(arguments.get("text_chunks", ()), arguments.get("query_str"))
-            _widen(instance, arguments.get("text_chunks", ()))
+            contexts, query = arguments.get("text_chunks", ()), arguments.get("query_str")
+        else:
+            return
+        _register(contexts, query)
+        _widen(instance, contexts)
 
     def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
         return None
