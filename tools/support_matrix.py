@@ -187,9 +187,10 @@ _LIMITS = """## What to know
 - **Quantised weights.** int8 of torchao and 4-bit and 8-bit of bitsandbytes are tested where those
   packages are installed. KV states have the dtype of the model's computation.
 - **Other devices.** States stay on the device of their layer, be it one accelerator or several. All
-  families are tested on simulated devices, one and two, whose tensors cannot be mixed with the
-  CPU's; CUDA's kernels are simulated there, MPS has none of its own. No real accelerator was at
-  hand. Offloading to CPU and disk (accelerate) is tested.
+  families are tested on a simulated device, whose tensors cannot be mixed with the CPU's, and all
+  but GPT-2, GPT-BigCode, GPT-NeoX and OPT on two as well; CUDA's kernels are simulated there, MPS
+  has none of its own. No real accelerator was at hand. Offloading to CPU and disk (accelerate) is
+  tested.
 - **`torch.compile`.** A model whose `compile()` was called, or whose `forward` was replaced by
   `torch.compile(model.forward)`, runs compiled, before or after it was handed over; APE's own
   attention stays one operation per layer, and one graph serves all contexts. Nothing breaks the
