@@ -67,6 +67,7 @@ from ape_integrations.core.threads import PassingExecutor
 from ape_integrations.core.tokens import Tokens
 from ape_integrations.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.store import KVStore, open_store
+from ape_integrations.store.sizes import parse_size
 
 
 class APEGenerator:
@@ -86,12 +87,13 @@ class APEGenerator:
         directory in the user's cache.
     config : APEConfig, optional
         T, S and the limits of encoding.
-    context_set_bytes : int
-        Memory for assembled context sets that no generation is using at the moment.
-    tail_bytes : int
+    context_set_bytes : int or str
+        Memory for assembled context sets that no generation is using at the moment: bytes, or a
+        size such as ``"500MB"``; 0 keeps none.
+    tail_bytes : int or str
         Memory for the states of questions and answers behind a context set, which a chat's next
         turn starts from.
-    batch_bytes : int
+    batch_bytes : int or str
         Memory for the states behind the contexts where questions over one context set, asked at
         the same time, are answered together.
 
@@ -99,6 +101,8 @@ class APEGenerator:
     ------
     UnsupportedModelError
         APE cannot serve the model; raised before any work.
+    ConfigError
+        A size is none.
     StoreError
         The store cannot be opened.
     """
@@ -110,10 +114,13 @@ class APEGenerator:
         store: KVStore | str | Path | None = None,
         config: APEConfig | None = None,
         *,
-        context_set_bytes: int = 2 << 30,
-        tail_bytes: int = 1 << 29,
-        batch_bytes: int = 1 << 30,
+        context_set_bytes: int | str = "2GB",
+        tail_bytes: int | str = "500MB",
+        batch_bytes: int | str = "1GB",
     ) -> None:
+        context_set_bytes = parse_size(context_set_bytes, "context_set_bytes", least=0)
+        tail_bytes = parse_size(tail_bytes, "tail_bytes", least=0)
+        batch_bytes = parse_size(batch_bytes, "batch_bytes", least=0)
         model = unwrapped(model)
         check_supported(model)
         self.config = config or APEConfig()
@@ -157,6 +164,9 @@ class APEGenerator:
         config: APEConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
+        context_set_bytes: int | str = "2GB",
+        tail_bytes: int | str = "500MB",
+        batch_bytes: int | str = "1GB",
         **model_kwargs: Any,
     ) -> APEGenerator:
         """Load model and tokenizer with transformers.
@@ -165,7 +175,7 @@ class APEGenerator:
         ----------
         name_or_path : str or Path
             Hub name or directory.
-        store, config
+        store, config, context_set_bytes, tail_bytes, batch_bytes
             As for the class.
         tokenizer : PreTrainedTokenizerBase, optional
             A tokenizer to use instead of the one of that name.
@@ -187,7 +197,15 @@ class APEGenerator:
             if tokenizer is None:
                 kwargs = {**place_of(model_kwargs), **(tokenizer_kwargs or {})}
                 tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-        return cls(model, tokenizer, store=store, config=config)
+        return cls(
+            model,
+            tokenizer,
+            store=store,
+            config=config,
+            context_set_bytes=context_set_bytes,
+            tail_bytes=tail_bytes,
+            batch_bytes=batch_bytes,
+        )
 
     def _make_arranger(self) -> SequenceArranger:
         arranger = SequenceArranger(

@@ -10,7 +10,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def parse_size(size: int | str, name: str = "size_limit") -> int:
+def parse_size(size: int | str, name: str = "size_limit", *, least: int = 1) -> int:
     """Turn a size into bytes.
 
     Parameters
@@ -20,16 +20,18 @@ def parse_size(size: int | str, name: str = "size_limit") -> int:
         (powers of 1024).
     name : str
         The setting's name, for the error message.
+    least : int
+        The smallest size that makes sense, in bytes.
 
     Returns
     -------
     int
-        Bytes, at least 1.
+        Bytes, at least ``least``.
 
     Raises
     ------
     ConfigError
-        If it is not a positive size.
+        If it is not a size, or too small.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         number = size
@@ -41,8 +43,9 @@ def parse_size(size: int | str, name: str = "size_limit") -> int:
             )
         digits, unit, binary = match.groups()
         number = int(float(digits) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
-    if number < 1:
-        raise ConfigError(f"{name}={size!r} leaves no room for an entry; it must be positive.")
+    if number < least:
+        wanted = "leaves no room for an entry; it must be positive" if least else "is negative"
+        raise ConfigError(f"{name}={size!r} {wanted}.")
     return number
 
 

@@ -557,6 +557,29 @@ def test_from_pretrained_answers_like_the_loaded_model(
     )
 
 
+def test_budgets_are_sizes(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for size in ("250MB", 0):
+        generator = APEGenerator.from_pretrained(
+            tmp_path, store=MemoryKVStore(), context_set_bytes=size, tail_bytes=size
+        )
+        for _ in range(2):
+            result = generator.generate(PREFIX, DOCUMENTS, QUERY, max_new_tokens=4)
+        kept = bool(size)
+        assert (result.cache["bytes_loaded"] == 0) == kept
+        assert (result.cache["tokens_reused"] > 0) == kept
+
+
+@pytest.mark.parametrize("name", ["context_set_bytes", "tail_bytes", "batch_bytes"])
+@pytest.mark.parametrize("size", ["much", -1])
+def test_budget_that_is_no_size_is_refused(
+    model: LlamaForCausalLM, name: str, size: str | int
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}="):
+        APEGenerator(model, byte_tokenizer(), MemoryKVStore(), **{name: size})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("window", [None, 6, 25])
 def test_batch_gives_what_each_query_gives_alone(window: int | None) -> None:
     """Queries of unequal length, with and without sliding windows."""
