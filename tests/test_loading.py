@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ape_integrations import APELLM, APEGenerator, MemoryKVStore
+from ape_integrations import APELLM, APEGenerator, ChatAPE, MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
 
 
@@ -44,3 +47,34 @@ def test_place_of_the_model_is_that_of_its_tokenizer(
     assert llm.metadata.is_chat_model
     assert seen["AutoTokenizer"] == place
     assert place.items() <= seen["AutoConfig"].items()
+
+
+def test_models_load_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads them: transformers changes what all threads share while it does so."""
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    load, loading, together = AutoModelForCausalLM.from_pretrained, [], []
+
+    def from_pretrained(name: str, **kwargs: Any) -> Any:
+        loading.append(name)
+        together.append(len(loading))
+        time.sleep(0.1)
+        try:
+            return load(name, **kwargs)
+        finally:
+            loading.pop()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    store = MemoryKVStore("10MB")
+    uses: list[Callable[[], Any]] = [
+        lambda: APELLM(model_name=str(tmp_path), store=store).generator,
+        lambda: APELLM(model_name=str(tmp_path), store=store).generator,
+        lambda: ChatAPE(model=str(tmp_path), store=store).generator,
+        lambda: APEGenerator.from_pretrained(tmp_path, store=store),
+    ]
+    with ThreadPoolExecutor(len(uses)) as pool:
+        generators = list(pool.map(lambda use: use(), uses))
+    assert together == [1] * len(uses)
+    asked = ("Read this.", ["Ada lives in Porto.", "Bo is a welder."], "Who?")
+    answers = [g.generate(*asked, do_sample=False, max_new_tokens=8) for g in generators]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1

@@ -68,9 +68,10 @@ class APEConfig:
         Whether contexts are read from stored states, or the prompt is prefilled as transformers
         alone would do it ("plain"), without store and without T and S. "auto" takes the states,
         unless loading them was seen to take more than twice as long as prefilling (a slow disk,
-        very short contexts). Which way a prompt went stands in its figures as ``plan``.
+        very short contexts). Which way a prompt went stands in its figures as ``plan``. With
+        "plain", ``max_contexts`` goes by retrieval scores alone.
     self_check : bool
-        When a model is attached, compare a dozen tokens behind one context with the model's own
+        When a model is attached, compare a few tokens behind one context with the model's own
         sequential result, and refuse a model that differs.
     """
 

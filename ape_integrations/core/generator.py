@@ -42,7 +42,7 @@ from ape_integrations.core.generation import (
     TextAssembler,
     TokenSink,
 )
-from ape_integrations.core.loading import clear_loading_errors, place_of
+from ape_integrations.core.loading import clear_loading_errors, loading_lock, place_of
 from ape_integrations.core.model import (
     attach,
     check_supported,
@@ -127,7 +127,7 @@ class APEGenerator:
         self._dtype = embeddings(model).dtype
         _check_dtype(model, self._dtype)
         # What a model wants to see and which logits it gives shows in code that is not compiled.
-        with computing(), uncompiled(), unchanged_on_failure(model):
+        with loading_lock, computing(), uncompiled(), unchanged_on_failure(model):
             self.model = model.eval()
             self.info = attach(model)
             self._encoder = ContextEncoder(model, self.info, self.config.max_batch_tokens)
@@ -192,7 +192,7 @@ class APEGenerator:
             The model is no causal language model, or APE cannot serve it.
         """
         name = str(name_or_path)
-        with clear_loading_errors(name):
+        with loading_lock, clear_loading_errors(name):
             model = _load_model(name, model_kwargs)
             if tokenizer is None:
                 kwargs = {**place_of(model_kwargs), **(tokenizer_kwargs or {})}
@@ -359,7 +359,7 @@ class APEGenerator:
     ) -> PreparedPrompt:
         """Keep the contexts that queries pay the most attention to, where there are too many."""
         limit = self.config.max_contexts
-        if limit is None or len(prompt.contexts) <= limit:
+        if limit is None or len(prompt.contexts) <= limit or self.config.prefill == "plain":
             return prompt
         began = time.perf_counter()
         shared = replace(prompt, sequential=False)
@@ -369,8 +369,6 @@ class APEGenerator:
         by_ids = dict(zip(map(tuple, self._ordered(shared)[1]), mass, strict=True))
         scores = [by_ids[tuple(ids)] for ids in prompt.contexts]
         kept = [prompt.contexts[index] for index in best(scores, limit)]
-        # They are looked up once more, and counted then.
-        figures.hits -= limit
         dropped = prompt.dropped + len(prompt.contexts) - limit
         return self._preparer.fit(replace(prompt, contexts=kept, dropped=dropped), new_tokens)
 
@@ -540,6 +538,8 @@ class APEGenerator:
         self, prompts: Sequence[PreparedPrompt], **generation_kwargs: Any
     ) -> list[GenerationResult]:
         """Answer prompts that differ in their queries alone; see :meth:`generate_batch`."""
+        if not prompts:
+            raise ConfigError("A batch needs at least one prompt.")
         requests = [Request(prompt, self._settings(generation_kwargs)) for prompt in prompts]
         if not all(request.settings.single for request in requests):
             raise ConfigError("Beam search cannot be combined with a batch of queries.")
@@ -552,8 +552,7 @@ class APEGenerator:
         """Return what prompts have in common that one batch can answer; None: it runs alone."""
         config = self.config
         # Where contexts have an order, or the query chooses them, sets are not alike.
-        ordered = config.recompute_ratio > 0 or config.context_positions != "shared"
-        if not prompt.contexts or ordered or config.max_contexts is not None:
+        if not prompt.contexts or config.sequential or config.max_contexts is not None:
             return None
         if config.prefill == "plain":
             return None
@@ -588,26 +587,29 @@ class APEGenerator:
         on_sink: Callable[[TokenSink], None] | None = None,
     ) -> list[GenerationResult]:
         """Generate for requests that differ in queries, stop strings and seeds alone."""
-        alone = self.config.prefill == "plain" or requests[0].settings.alone
-        if alone and len(requests) > 1:
-            return [self._run([request])[0] for request in requests]
-        began = time.perf_counter()
         settings, figures = requests[0].settings, requests[0].figures
+        plain = self.config.prefill == "plain" or not requests[0].prompt.contexts
+        if len(requests) > 1 and (plain or settings.alone):
+            return [self._run([request])[0] for request in requests]
+        queries = [request.prompt.query for request in requests]
         longest = max((request.prompt for request in requests), key=lambda p: len(p.query))
         fitted = self._preparer.fit(longest, settings.max_new_tokens)
-        queries = [request.prompt.query for request in requests]
-        fitted = self._selected(fitted, queries, settings.max_new_tokens, figures)
-        plan = self._plan(fitted, len(requests), settings.max_new_tokens)
-        read = fitted
+        chosen = self._selected(fitted, queries, settings.max_new_tokens, figures)
+        plan = self._plan(chosen, len(requests), settings.max_new_tokens)
+        read = chosen
         if plan == "plain":
-            read = fitted.flat()
+            read = chosen.flat()
             queries = [read.query]
+        elif chosen is not fitted:
+            # What was looked up to choose is looked up once more, and counted then.
+            figures.hits -= len(chosen.contexts)
         input_ids, mask = self._padded(read, queries)
         sink, kwargs = self._sink(requests, input_ids.shape[1], on_text)
         if on_sink is not None:
             on_sink(sink)
 
         def generate(**cache: Any) -> Tensor:
+            figures.ready = time.perf_counter()
             sequences: Any = self.model.generate(
                 input_ids,
                 attention_mask=mask,
@@ -619,40 +621,54 @@ class APEGenerator:
             return cast(Tensor, sequences)
 
         if read.contexts:
-            padding = [len(longest.query) - len(query) for query in queries]
-            with self.assemble(read, figures, padding) as cache:
-                began = time.perf_counter()
-                if settings.single:
-                    restored = self._tails.restore(cache.name, queries, cache)
-                    for request, before in zip(requests, padding, strict=True):
-                        request.figures.reused = max(0, restored - before)
-                sequences = generate(
-                    past_key_values=cache, **self._drafts(settings, read, len(queries))
-                )
-                if settings.single:
-                    behind = sequences[:, input_ids.shape[1] - len(longest.query) :].tolist()
-                    rows = [ids[before:] for ids, before in zip(behind, padding, strict=True)]
-                    self._tails.keep(cache.name, rows, cache)
+            sequences = self._behind_contexts(requests, read, queries, generate)
         else:
             sequences = generate()
         sink.finish(sequences)
         assert sink.first_token_time is not None
         if len(requests) == 1:
-            self._observe(read, figures, sink.first_token_time - began)
+            self._observe(read, figures, sink.first_token_time - figures.ready)
         for request in requests:
             if request.figures is not figures:
-                request.figures.share(figures, len(fitted.contexts))
+                request.figures.share(figures, len(chosen.contexts))
             request.figures.first_token = sink.first_token_time - request.figures.start
         return [
             _result(
                 row,
-                replace(fitted, query=request.prompt.query),
+                replace(chosen, query=request.prompt.query),
                 request.figures,
                 len(requests),
                 plan,
             )
             for row, request in zip(sink.rows, requests, strict=True)
         ]
+
+    def _behind_contexts(
+        self,
+        requests: Sequence[Request],
+        prompt: PreparedPrompt,
+        queries: Sequence[Sequence[int]],
+        generate: Callable[..., Tensor],
+    ) -> Tensor:
+        """Generate over assembled contexts, starting from and keeping the states behind them."""
+        settings, figures = requests[0].settings, requests[0].figures
+        longest = max(map(len, queries))
+        padding = [longest - len(query) for query in queries]
+        with self.assemble(prompt, figures, padding) as cache:
+            drafts = self._drafts(settings, prompt, len(queries))
+            if not settings.single:
+                return generate(past_key_values=cache, **drafts)
+            restored = self._tails.restore(cache.name, queries, cache)
+            for request, before in zip(requests, padding, strict=True):
+                request.figures.reused = max(0, restored - before)
+            sequences = generate(past_key_values=cache, **drafts)
+            start = len(prompt.logical_ids()) - longest
+            rows = [
+                ids[start + before :]
+                for ids, before in zip(sequences.tolist(), padding, strict=True)
+            ]
+            self._tails.keep(cache.name, rows, cache)
+            return sequences
 
     def _sink(
         self,

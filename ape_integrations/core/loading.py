@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 _told = threading.Event()
 
+#: Held while a model is loaded or attached: transformers changes torch's defaults and how modules
+#: are initialised meanwhile, for all threads.
+loading_lock = threading.RLock()
+
 #: Arguments of ``from_pretrained()`` that say where files come from, whatever is loaded from them.
 _PLACE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")
 

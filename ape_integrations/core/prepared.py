@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -199,5 +200,21 @@ class PromptPreparer:
             "contexts. Smaller chunks give better answers.",
             stacklevel=4,
         )
-        pieces = [ids[i : i + room] for ids in prompt.contexts for i in range(0, len(ids), room)]
-        return replace(prompt, contexts=pieces)
+        pieces: dict[tuple[int, ...], None] = {}
+        for ids in prompt.contexts:
+            count = 1 if len(ids) <= room else math.ceil(len(ids) / _piece_size(limit, room))
+            size = math.ceil(len(ids) / count)
+            pieces |= {tuple(ids[i : i + size]): None for i in range(0, len(ids), size)}
+        return replace(prompt, contexts=[list(ids) for ids in pieces])
+
+
+def _piece_size(limit: int, room: int) -> int:
+    """Return how long pieces of a context may be, which must be found again with other queries.
+
+    A quarter of the model's positions or a multiple of it, so that a chat's growing history moves
+    the cuts a few times and not with every turn. Where less is left, half of that, and so on.
+    """
+    step = max(1, limit // 4)
+    while step > room:
+        step //= 2
+    return room - room % step

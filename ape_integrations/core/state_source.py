@@ -36,7 +36,10 @@ _PROGRESS_DELAY = 3.0
 
 @dataclass
 class Figures:
-    """What the cache did for one request; ``encoded`` in tokens, times in seconds."""
+    """What the cache did for one request; ``encoded`` in tokens, times in seconds.
+
+    ``ready`` is when prefix and contexts stood ready, on the clock of ``start``.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -49,6 +52,7 @@ class Figures:
     recompute: float = 0.0
     first_token: float = 0.0
     start: float = field(default_factory=time.perf_counter)
+    ready: float = 0.0
 
     def share(self, other: Figures, contexts: int) -> None:
         """Take over what ``other`` waited for; its misses and bytes are counted once, with it."""

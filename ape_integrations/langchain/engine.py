@@ -29,7 +29,7 @@ Retrieval = tuple[list[str], str | None, Mapping[str, float] | None]
 _engines: WeakValueDictionary[Hashable, Engine] = WeakValueDictionary()
 _recent: deque[Retrieval] = deque(maxlen=_MAX_PENDING)
 _engines_lock = threading.Lock()
-# Loading with transformers changes global state and is not safe from several threads at once.
+# One engine loads at a time, so that the next one finds its model.
 _loading_lock = threading.Lock()
 
 

@@ -225,7 +225,10 @@ class LazyGenerator:
     def max_positions(self) -> int | None:
         """Return the model's position limit in tokens, read from its config alone."""
         if not self._max_positions:
-            self._max_positions.append(_max_positions(self._config()))
+            from ape_integrations.core.model import max_positions
+
+            text = self._config().get_text_config(decoder=True)
+            self._max_positions.append(max_positions(text))
         return self._max_positions[0]
 
     def packed_window(self, window: int) -> int:
@@ -281,9 +284,3 @@ class LazyGenerator:
                     pipeline.prefix, pipeline.labelled = parts.prefix, not bare
                     self._awaited.remove((pipeline, texts))
         return parts
-
-
-def _max_positions(config: Any) -> int | None:
-    text = config.get_text_config(decoder=True)
-    value: int | None = getattr(text, "max_position_embeddings", None)
-    return value

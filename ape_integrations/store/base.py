@@ -348,11 +348,11 @@ class KVStore(Protocol):
         ...
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; False where there was none."""
+        """Remove an entry; False where there was none. StoreError where that cannot be done."""
         ...
 
     def clear(self) -> int:
-        """Remove all entries and return their number."""
+        """Remove all entries and return their number. StoreError where that cannot be done."""
         ...
 
     def stats(self) -> StoreStats:

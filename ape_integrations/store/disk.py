@@ -191,9 +191,15 @@ class DiskKVStore(LoadsByGet):
         return self._encoding.hold(keys, timeout, self._keys.prefix)
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; False where there was none. StoreError if the store is read-only."""
-        self._require_writable()
-        return self._remove(self._keys.full(key))
+        """Remove an entry; False where there was none.
+
+        Raises
+        ------
+        StoreError
+            If the store is read-only, or its index cannot be changed.
+        """
+        with self._removing():
+            return self._index.remove(self._keys.full(key))
 
     def clear(self, *, all_namespaces: bool = False) -> int:
         """Remove all entries, of this namespace or of all, and return their number.
@@ -201,10 +207,11 @@ class DiskKVStore(LoadsByGet):
         Raises
         ------
         StoreError
-            If the store is read-only.
+            If the store is read-only, or its index cannot be changed.
         """
-        self._require_writable()
-        return sum(self._remove(row.key) for row in self.rows(all_namespaces=all_namespaces))
+        with self._removing():
+            rows = self._rows(all_namespaces)
+            return sum(self._index.remove(row.key) for row in rows)
 
     def rows(self, *, all_namespaces: bool = False) -> list[EntryRow]:
         """Return what the index says of every entry, least recently used first.
@@ -214,11 +221,14 @@ class DiskKVStore(LoadsByGet):
         all_namespaces : bool
             Include entries of other namespaces.
         """
+        with contextlib.suppress(*_MEDIUM_FAULTS):
+            return self._rows(all_namespaces)
+        return []
+
+    def _rows(self, all_namespaces: bool) -> list[EntryRow]:
         self._write_usage()
         scope = "*" if all_namespaces else f"v*/{self._keys.namespace}/*"
-        with contextlib.suppress(*_MEDIUM_FAULTS):
-            return list(self._index.rows(scope))
-        return []
+        return list(self._index.rows(scope))
 
     def stats(self) -> StoreStats:
         """Return the figures of the whole directory, over all processes that ever used it."""
@@ -294,19 +304,18 @@ class DiskKVStore(LoadsByGet):
         Raises
         ------
         StoreError
-            If the store is read-only.
+            If the store is read-only, or its index cannot be changed.
         """
-        self._require_writable()
         removed = 0
         limit = parse_size(to_size, "to_size") if to_size is not None else None
-        if older_than is not None or tag is not None:
-            latest = time.time() - older_than if older_than is not None else math.inf
-            for row in self.rows(all_namespaces=True):
-                if row.used <= latest and fnmatchcase(row.tag, tag if tag is not None else "*"):
-                    removed += self._remove(row.key, row.file)
-        if limit is not None:
-            self._write_usage()
-            with contextlib.suppress(*_MEDIUM_FAULTS):
+        with self._removing():
+            if older_than is not None or tag is not None:
+                latest = time.time() - older_than if older_than is not None else math.inf
+                for row in self._rows(all_namespaces=True):
+                    if row.used <= latest and fnmatchcase(row.tag, tag if tag is not None else "*"):
+                        removed += self._index.remove(row.key, row.file)
+            if limit is not None:
+                self._write_usage()
                 removed += self._index.evict_to(limit, self._pins.__contains__)
         return removed
 
@@ -338,11 +347,21 @@ class DiskKVStore(LoadsByGet):
             except StoreError as error:
                 raise OSError(errno.ESTALE, str(error)) from error
 
-    def _require_writable(self) -> None:
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Turn what stands in the way of removing entries into a StoreError."""
         if not self._opened.writable:
             raise StoreError(
                 f"The store in {self.directory} is read-only: nothing can be removed from it."
             )
+        try:
+            yield
+        except _MEDIUM_FAULTS as error:
+            self._opened.index.close()
+            raise StoreError(
+                f"Not all entries could be removed from {self.directory}: {_describe(error)}. "
+                "Call it again once that is over."
+            ) from error
 
     def _find(self, full_key: str) -> EntryRow | None:
         try:
@@ -369,12 +388,12 @@ class DiskKVStore(LoadsByGet):
                 current = self._find(row.key)
                 if current is not None and current.file != row.file:
                     return self._read(current, spec, destination)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._reading.begin(_describe(error))
         return None
 
     def _write(self, full_key: str, states: KVStates, tag: str) -> bool:
-        buffers = _serialize(full_key, states, self._keys.kv_dtype)
+        buffers = serialize(full_key, states, self._keys.kv_dtype)
         nbytes = sum(len(buffer) for buffer in buffers)
         if nbytes > self._size_limit:
             level = logging.DEBUG if self._too_large_noted else logging.WARNING
@@ -430,14 +449,6 @@ class DiskKVStore(LoadsByGet):
             self._opened.index.close()
 
 
-def _serialize(full_key: str, states: KVStates, kv_dtype: str) -> list[memoryview]:
-    try:
-        return serialize(full_key, states, kv_dtype)
-    except RuntimeError as error:
-        # torch says so when there is no memory left.
-        raise MemoryError(str(error)) from error
-
-
 def _by_tag(rows: Iterable[EntryRow]) -> dict[str, TagStats]:
     tags: dict[str, TagStats] = {}
     for row in rows:
@@ -447,4 +458,6 @@ def _by_tag(rows: Iterable[EntryRow]) -> dict[str, TagStats]:
 
 
 def _describe(error: BaseException) -> str:
+    if isinstance(error, diskcache.Timeout):
+        return "another process kept its index locked"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -45,13 +45,25 @@ class Victim:
         Full key in the index.
     protected : bool
         Whether it had been loaded since it was stored.
+    nbytes : int
+        Its size.
     """
 
     key: str
     protected: bool
+    nbytes: int
 
 
-def next_victim(execute: Execute, limit: int, spared: Collection[str]) -> Victim | None:
+def probation_bytes(execute: Execute) -> int:
+    """Return what entries that were not loaded yet take together."""
+    select = "SELECT COALESCE(SUM(size), 0) FROM KVUsage WHERE protected = 0"
+    ((nbytes,),) = execute(select).fetchall()
+    return int(nbytes)
+
+
+def next_victim(
+    execute: Execute, limit: int, on_probation: int, spared: Collection[str]
+) -> Victim | None:
     """Choose the entry to evict next.
 
     Parameters
@@ -60,6 +72,8 @@ def next_victim(execute: Execute, limit: int, spared: Collection[str]) -> Victim
         Runs a statement on the index's connection.
     limit : int
         Bytes that all entries may take together.
+    on_probation : int
+        Bytes of the entries on probation, from :func:`probation_bytes`.
     spared : collection of str
         Keys that cannot be evicted now.
 
@@ -68,18 +82,15 @@ def next_victim(execute: Execute, limit: int, spared: Collection[str]) -> Victim
     Victim or None
         None where every entry is spared.
     """
-    ((on_probation,),) = execute(
-        "SELECT COALESCE(SUM(size), 0) FROM KVUsage WHERE protected = 0"
-    ).fetchall()
     protected_first = on_probation <= PROBATION_SHARE * limit
     for protected in (protected_first, not protected_first):
         rows = execute(
-            "SELECT key FROM KVUsage WHERE protected = ? ORDER BY sequence LIMIT ?",
+            "SELECT key, size FROM KVUsage WHERE protected = ? ORDER BY sequence LIMIT ?",
             (protected, len(spared) + 1),
         )
-        for (key,) in rows.fetchall():
+        for key, nbytes in rows.fetchall():
             if key not in spared:
-                return Victim(key, protected)
+                return Victim(key, protected, nbytes)
     return None
 
 

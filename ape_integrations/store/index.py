@@ -22,7 +22,12 @@ import diskcache
 from diskcache.core import MODE_BINARY, UNKNOWN
 
 from ape_integrations.store.directory import INDEX_FILE
-from ape_integrations.store.eviction import CREATE_TABLES, next_victim, remember_victim
+from ape_integrations.store.eviction import (
+    CREATE_TABLES,
+    next_victim,
+    probation_bytes,
+    remember_victim,
+)
 from ape_integrations.store.eviction import is_remembered as was_evicted_before_reuse
 from ape_integrations.store.files import EntryFiles, is_entry_name
 
@@ -373,9 +378,9 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
     def _make_room(self, nbytes: int, limit: int, is_pinned: Callable[[str], bool]) -> bool:
         spared: set[str] = set()
         evicted = 0
-        used = self.used_bytes()
+        used, on_probation = self.used_bytes(), probation_bytes(self._sql)
         while used + nbytes > limit:
-            victim = next_victim(self._sql, limit, spared)
+            victim = next_victim(self._sql, limit, on_probation, spared)
             if victim is None:
                 break
             name = self._file_of(victim.key)
@@ -386,6 +391,7 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
             remember_victim(self._sql, victim)
             evicted += 1
             used = self.used_bytes()
+            on_probation -= 0 if victim.protected else victim.nbytes
         self._increment("evictions", evicted)
         return used + nbytes <= limit
 
@@ -395,13 +401,13 @@ class EntryIndex(IndexQueries, diskcache.Cache):  # type: ignore[misc]
 
     def _remove_row(self, key: str, name: str | None = None) -> bool:
         row = self.find(key)
-        if row is None or (name is not None and row.file != name):
+        if row is not None and name is not None and row.file != name:
             return False
-        if row.file:
+        if row is not None and row.file:
             self._files.remove(row.file)
         self._sql("DELETE FROM Cache WHERE key = ? AND raw = 1", (key,))
         self._sql("DELETE FROM KVUsage WHERE key = ?", (key,))
-        return True
+        return row is not None
 
     def _next_sequence(self) -> int:
         return self._increment("sequence", 1)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ape_integrations.errors import ConfigError, MissingDependencyError
+from ape_integrations.errors import ConfigError, MissingDependencyError, StoreError
 from ape_integrations.store import redis_scripts
 from ape_integrations.store.base import (
     Destination,
@@ -149,12 +149,18 @@ class RedisKVStore(LoadsByGet):
         return self._encoding.hold(keys, timeout)
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; False where there was none."""
-        return bool(self._ask(self._script["DROP"], args=[self._keys.full(key)]))
+        """Remove an entry; False where there was none. StoreError where no server answers."""
+        return bool(self._remove("DROP", self._keys.full(key)))
 
     def clear(self) -> int:
-        """Remove all entries of this namespace and `kv_dtype`, and return their number."""
-        return int(self._ask(self._script["SWEEP"], args=[self._keys.prefix, 1]) or 0)
+        """Remove all entries of this namespace and `kv_dtype`, and return their number.
+
+        Raises
+        ------
+        StoreError
+            Where no server answers.
+        """
+        return self._remove("SWEEP", self._keys.prefix, 1)
 
     def stats(self) -> StoreStats:
         """Return what the server holds for everybody, and this process's hits and misses."""
@@ -188,6 +194,12 @@ class RedisKVStore(LoadsByGet):
         except self._faults as error:
             self._outage.begin(error)
             return None
+
+    def _remove(self, script: str, *args: object) -> int:
+        try:
+            return int(self._script[script](args=args))
+        except self._faults as error:
+            raise StoreError(f"Nothing was removed from the Redis store: {error}.") from error
 
     def _read(
         self, identity: str, spec: KVSpec, destination: Destination
@@ -313,4 +325,4 @@ def _connect(url: str, timeout: float) -> tuple[Any, tuple[type[Exception], ...]
         )
     except ValueError as error:
         raise ConfigError(f"{error} (the address of the Redis server)") from error
-    return client, (redis.RedisError, OSError)
+    return client, (redis.RedisError, OSError, MemoryError)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -136,11 +137,16 @@ def raw_bytes(tensor: Tensor) -> list[memoryview]:
     return [memoryview(head.reshape(-1).data) for head in heads]
 
 
-def entry_nbytes(key: str, spec: KVSpec, kv_dtype: str = "auto") -> int:
-    """Return the exact size in bytes of an entry."""
-    return len(_header(key, spec, kv_dtype)) + _data_nbytes(spec, kv_dtype)
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Call it by its name where torch says in a RuntimeError that there is no memory left."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
 
 
+@_memory_errors()
 def serialize(key: str, states: KVStates, kv_dtype: str = "auto") -> list[memoryview]:
     """Turn states into the bytes of an entry, without copying what need not change.
 
@@ -162,6 +168,8 @@ def serialize(key: str, states: KVStates, kv_dtype: str = "auto") -> list[memory
     ------
     ValueError
         If the states are not finite and `kv_dtype` needs scales.
+    MemoryError
+        If there is no memory for it.
     """
     dtype = stored_dtype(kv_dtype, states.spec.dtype)
     parts = [
@@ -179,6 +187,7 @@ def serialize(key: str, states: KVStates, kv_dtype: str = "auto") -> list[memory
     return [memoryview(header), *parts]
 
 
+@_memory_errors()
 def deserialize(
     source: Source, key: str, spec: KVSpec, destination: Destination, kv_dtype: str = "auto"
 ) -> int:
@@ -209,6 +218,8 @@ def deserialize(
         If the entry differs in size, header or checksum.
     OSError
         If the source cannot be read.
+    MemoryError
+        If there is no memory to undo a quantisation in.
     """
     header = _header(key, spec, kv_dtype)
     nbytes = len(header) + _data_nbytes(spec, kv_dtype)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Protocol
 
-from ape_integrations.errors import ConfigError
+from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store.base import (
     Destination,
     KVSpec,
@@ -126,7 +126,7 @@ class TieredKVStore(LoadsByGet):
                 self._background.submit(stack.pop_all().close)
 
     def delete(self, key: str) -> bool:
-        """Remove an entry from all tiers; False where there was none."""
+        """Remove an entry from all tiers; False where there was none. StoreError as a tier's."""
         with self._lock:
             found = self._pending.pop(key, None) is not None
         for tier in self.tiers:
@@ -134,7 +134,13 @@ class TieredKVStore(LoadsByGet):
         return found
 
     def clear(self) -> int:
-        """Remove all entries from all tiers; return the number in the slowest."""
+        """Remove all entries from all tiers; return the number in the slowest.
+
+        Raises
+        ------
+        StoreError
+            A tier cannot remove its entries.
+        """
         with self._lock:
             self._pending.clear()
         self._background.flush()
@@ -200,7 +206,8 @@ class TieredKVStore(LoadsByGet):
                     del self._pending[key]
             if current is None:
                 for tier in stored:
-                    tier.delete(key)
+                    with suppress(StoreError):
+                        tier.delete(key)
 
     def _note_use(self, key: str, depth: int) -> None:
         """Tell the slower tiers, or they would give up first what is used most."""
@@ -217,12 +224,14 @@ class TieredKVStore(LoadsByGet):
             self._promoting.add(key)
 
         def promote() -> None:
-            found = self.tiers[depth].peek(key, spec)
-            if found is not None:
-                for tier in self.tiers[:depth]:
-                    if not tier.contains(key):
-                        _put(tier, key, *found)
-            self._promoting.discard(key)
+            try:
+                found = self.tiers[depth].peek(key, spec)
+                if found is not None:
+                    for tier in self.tiers[:depth]:
+                        if not tier.contains(key):
+                            _put(tier, key, *found)
+            finally:
+                self._promoting.discard(key)
 
         # Fresh memory is slow, and somebody waits for an answer now.
         if not self._background.submit_patient(promote, spec.nbytes):

@@ -222,6 +222,28 @@ def test_plain_prompts_store_no_missing_context_but_warming_does(
     assert generator.warm(PREFIX, DOCUMENTS, show_progress=False)["misses"] == 3
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_plain_prompts_choose_no_contexts_by_their_states(batch: int) -> None:
+    generator = make_generator(prefill="plain", max_contexts=2)
+    for result in generator.generate_batch(PREFIX, DOCUMENTS, [QUERY] * batch, **GREEDY):
+        assert result.cache["contexts"] == 3
+        assert (result.cache["hits"], result.cache["misses"]) == (0, 0)
+    assert generator.store.stats().entries == 0
+
+
+@pytest.mark.parametrize("way", ["plain", "cached"])
+def test_contexts_are_counted_once_where_some_are_chosen(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    generator = make_generator(max_contexts=2)
+    monkeypatch.setattr(generator._break_even, "plan", lambda *_: way)
+    counts = []
+    for _ in range(2):
+        cache = generator.generate(PREFIX, DOCUMENTS, QUERY, **GREEDY).cache
+        counts.append((cache["plan"], cache["hits"], cache["misses"]))
+    assert counts == [(way, 0, 3), (way, 3, 0)]
+
+
 def test_assembled_set_is_found_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = make_generator()
     asked: list[bool] = []

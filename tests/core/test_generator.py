@@ -25,6 +25,7 @@ from transformers import (
 from ape_integrations.core import attention
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.generator import APEGenerator
+from ape_integrations.core.prepared import _piece_size
 from ape_integrations.errors import ConfigError, ContextWindowError, UnsupportedModelError
 from ape_integrations.store import MemoryKVStore
 from tests.models import byte_tokenizer, tiny_model
@@ -449,6 +450,31 @@ def test_long_context_is_split_with_a_warning(model: LlamaForCausalLM) -> None:
     assert result.cache["contexts"] > 1
 
 
+def test_pieces_of_a_long_context_are_found_again(model: LlamaForCausalLM) -> None:
+    """A longer query leaves less room, and must not cut the context elsewhere."""
+    generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore())
+    text = " ".join(str(number) for number in range(300))
+    caches = []
+    with pytest.warns(UserWarning, match="several"):
+        for query in (QUERY, QUERY + " And why?", QUERY + " And since when?"):
+            caches.append(generator.generate(PREFIX, [text], query, max_new_tokens=4).cache)
+    assert caches[0]["misses"] == caches[0]["contexts"] > 1
+    assert all(cache["misses"] == 0 for cache in caches[1:])
+
+
+def test_equal_pieces_of_a_long_context_are_one(model: LlamaForCausalLM) -> None:
+    generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore())
+    with pytest.warns(UserWarning, match="several"):
+        result = generator.generate(PREFIX, ["a" * 4096], QUERY, max_new_tokens=4)
+    assert result.cache["contexts"] == result.cache["misses"]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 31, 32, 33, 100, 127, 128])
+def test_pieces_fit_whatever_room_is_left(room: int) -> None:
+    size = _piece_size(128, room)
+    assert 1 <= size <= room < 2 * size
+
+
 def test_query_that_does_not_fit_is_refused_and_costs_nothing(generator: APEGenerator) -> None:
     with pytest.raises(ContextWindowError, match="positions"):
         generator.generate(PREFIX, DOCUMENTS, "long " * 200)
@@ -578,6 +604,16 @@ def test_budget_that_is_no_size_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{name}="):
         APEGenerator(model, byte_tokenizer(), MemoryKVStore(), **{name: size})  # type: ignore[arg-type]
+
+
+def test_batch_without_contexts_gives_what_each_prompt_gives_alone(generator: APEGenerator) -> None:
+    prompts = [generator.prepare(PREFIX, [], query) for query in (QUERY, "?", "\nWhy?")]
+    kwargs = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": -1}
+    alone = [generator.generate_ids(prompt, **kwargs).token_ids for prompt in prompts]
+    batch = generator.generate_batch_ids(prompts, **kwargs)
+    assert [result.token_ids for result in batch] == alone
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        generator.generate_batch_ids([])
 
 
 @pytest.mark.parametrize("window", [None, 6, 25])

@@ -240,6 +240,24 @@ def test_small_limits_do_not_make_llamaindex_cut_nodes(make_llm: Callable[..., A
     assert make_llm(context_window=700).metadata.context_window == 700
 
 
+def test_window_is_what_stored_states_can_serve(
+    tmp_path: Any, tokenizer: Any, make_llm: Callable[..., APELLM]
+) -> None:
+    """Where RoPE scaling goes by the length of the sequence, that is less than the positions."""
+    from transformers import LlamaConfig
+
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=131072,
+        rope_parameters={**scaling, **factors},
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert APELLM(model_name=str(tmp_path)).metadata.context_window == 4096
+
+
 def test_copies_share_one_model(llm: APELLM) -> None:
     assert copy.deepcopy(llm).generator is llm.generator
     assert llm.model_copy(update={"max_new_tokens": 2}).generator is llm.generator

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from ape_integrations.store import DiskKVStore, KVSpec, KVStates, KVStore, LayerSpec, open_store
+from ape_integrations.store.base import from_layers
+from ape_integrations.store.serialization import serialize
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["ape_integrations.store"])
@@ -74,6 +76,15 @@ def bytes_of_entries(directory: Path) -> int:
 def contents(directory: Path) -> dict[str, bytes]:
     """Return every file of a directory with its bytes."""
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def entry_nbytes(key: str, spec: KVSpec, kv_dtype: str = "auto") -> int:
+    """Return the size of an entry in bytes."""
+    states = from_layers(spec.allocate())
+    for layer in states.layers:
+        for tensor in layer:
+            tensor.zero_()
+    return sum(map(len, serialize(key, states, kv_dtype)))
 
 
 def execute(directory: Path, statement: str, *args: Any) -> list[tuple[Any, ...]]:

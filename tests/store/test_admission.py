@@ -14,16 +14,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 import pytest
-from store_helpers import make_states, spec_of
+from store_helpers import entry_nbytes, make_states, spec_of
 
 from ape_integrations.store import DiskKVStore
 from ape_integrations.store.eviction import (
     CREATE_TABLES,
     is_remembered,
     next_victim,
+    probation_bytes,
     remember_victim,
 )
-from ape_integrations.store.serialization import entry_nbytes
 
 CHUNKS, REQUESTS, CAPACITY = 2_000, 10_000, 400
 
@@ -80,7 +80,7 @@ class OurEviction:
             )
             return True
         if len(self.stored) >= self.capacity:
-            victim = next_victim(execute, self.capacity, ())
+            victim = next_victim(execute, self.capacity, probation_bytes(execute), ())
             execute("DELETE FROM KVUsage WHERE key = ?", (victim.key,))
             self.stored.remove(victim.key)
             remember_victim(execute, victim)

@@ -14,6 +14,7 @@ from store_helpers import (
     SPAWN,
     bytes_of_entries,
     entry_files,
+    entry_nbytes,
     execute,
     hold_pin,
     kill,
@@ -27,7 +28,6 @@ from ape_integrations.errors import ConfigError, StoreError
 from ape_integrations.store import DiskKVStore, maintenance, open_store, recovery
 from ape_integrations.store.files import EntryFiles
 from ape_integrations.store.index import EntryDisk
-from ape_integrations.store.serialization import entry_nbytes
 
 SPEC = spec_of()
 ENTRY = entry_nbytes("v2//auto/0", SPEC)
@@ -594,3 +594,13 @@ def test_a_store_in_bfloat16_returns_bfloat16_bit_for_bit(directory):
     store.put("k", states)
     assert same(store.get("k", states.spec), states)
     assert store.get("k", SPEC) is None, "another dtype is a miss"
+
+
+def test_place_in_the_order_of_eviction_without_an_entry_is_passed_over(directory):
+    """Other versions, or a repair that was interrupted, may leave such a thing."""
+    store = DiskKVStore(directory)
+    store.put("0", make_states(0))
+    store.put("1", make_states(1))
+    execute(directory, "INSERT INTO KVUsage VALUES ('v1//auto/gone', 0, 0, 9)")
+    assert store.prune(to_size=store.stats().bytes - 1) == 1
+    assert [store.contains(key) for key in "01"] == [False, True]

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -16,6 +17,7 @@ from store_helpers import (
     bytes_of_entries,
     contents,
     entry_files,
+    entry_nbytes,
     kill,
     make_states,
     put_and_wait,
@@ -33,7 +35,6 @@ from ape_integrations.store import (
     serialization,
     usage,
 )
-from ape_integrations.store.serialization import entry_nbytes
 
 SPEC = spec_of()
 NOBODY = 65534
@@ -243,6 +244,45 @@ def test_no_memory_for_quantising_turns_storing_off(tmp_path, monkeypatch, caplo
             assert not store.put("k", make_states())
     assert len(warnings_in(caplog)) == 1
     assert store.put("k", make_states())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_no_memory_for_reading_quantised_entries_is_a_miss(tmp_path, monkeypatch, error):
+    store = DiskKVStore(tmp_path, kv_dtype="int8")
+    store.put("k", make_states())
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "dequantize_into", fail)
+        assert store.get("k", SPEC) is None
+    assert store.get("k", SPEC) is not None, "the entry stays"
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda store: store.delete("k"),
+        lambda store: store.clear(),
+        lambda store: store.prune(tag="*"),
+        lambda store: store.prune(to_size=1),
+    ],
+)
+def test_entries_that_cannot_be_removed_are_an_error(tmp_path, monkeypatch, remove):
+    """Whoever removes private texts must know when they are still there."""
+    monkeypatch.setattr("ape_integrations.store.index.BUSY_TIMEOUT", 0.05)
+    store = DiskKVStore(tmp_path)
+    store.put("k", make_states())
+    store.close()
+    store = DiskKVStore(tmp_path)
+    with sqlite3.connect(tmp_path / "cache.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match=r"could be removed.*locked"):
+            remove(store)
+        other.execute("ROLLBACK")
+    assert store.contains("k")
+    assert remove(store) and not store.contains("k")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from store_helpers import (
     SPAWN,
     bytes_of_entries,
+    entry_nbytes,
     kill,
     make_states,
     mixed_load,
@@ -20,7 +21,6 @@ from store_helpers import (
 )
 
 from ape_integrations.store import DiskKVStore
-from ape_integrations.store.serialization import entry_nbytes
 
 TOKENS = 400
 ENTRY = entry_nbytes("v1//auto/00", spec_of(TOKENS))

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from store_helpers import entry_files
+from store_helpers import entry_files, entry_nbytes
 
 from ape_integrations.store import DiskKVStore, KVStates
 from ape_integrations.store.quantization import dequantize_into, quantize
-from ape_integrations.store.serialization import entry_nbytes
 
 TOKENS, HEADS, DIM = 64, 2, 32
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from store_helpers import entry_files, make_states, same, spec_of
+from store_helpers import entry_files, entry_nbytes, make_states, same, spec_of
 
 from ape_integrations.store import DiskKVStore, KVStates
 from ape_integrations.store.base import from_layers
@@ -17,7 +17,6 @@ from ape_integrations.store.quantization import KV_DTYPES
 from ape_integrations.store.serialization import (
     EntryError,
     deserialize,
-    entry_nbytes,
     serialize,
     verify,
 )

@@ -8,11 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-from store_helpers import SPAWN, fill_store, make_states, put_and_return, same, spec_of
+from store_helpers import (
+    SPAWN,
+    entry_nbytes,
+    fill_store,
+    make_states,
+    put_and_return,
+    same,
+    spec_of,
+)
 
 from ape_integrations.errors import ConfigError
 from ape_integrations.store import DiskKVStore, MemoryKVStore, TieredKVStore
-from ape_integrations.store.serialization import entry_nbytes
 from ape_integrations.store.write_back import WriteBack
 
 SPEC = spec_of()
@@ -282,3 +289,17 @@ def test_tier_that_raises_keeps_nothing_pending():
     with pytest.raises(MemoryError):
         store.put("0", make_states())
     assert not store._pending
+
+
+def test_copying_into_memory_is_tried_again_after_a_failure(tmp_path, monkeypatch):
+    slow = DiskKVStore(tmp_path)
+    slow.put("0", make_states(0))
+    store = TieredKVStore(MemoryKVStore("1MB"), slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(slow, "peek", FullMemory("1MB").put)
+        assert same(store.get("0", SPEC), make_states(0))
+        store.flush()
+    assert not store.tiers[0].contains("0")
+    assert same(store.get("0", SPEC), make_states(0))
+    store.flush()
+    assert store.tiers[0].contains("0")
