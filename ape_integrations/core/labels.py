@@ -1,37 +1,44 @@
-"""Labels and trailers: the short text around a context that belongs to it."""
+"""Labels and trailers: the short text around a context that belongs to it.
+
+A pipeline writes every document in the same form: what stands before its text (a label), the text,
+what stands behind it (a trailer), and a separator. Between two texts a prompt shows the trailer of
+one and the label of the next in one piece. Where to divide it shows in brackets and tags that open
+and close, in lines (what stands in a text's own line belongs to it), and at the two ends: the text
+before the first document ends with its label, and the text behind the last one begins with its
+trailer.
+"""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ape_integrations.core.markup import ChatMarkup
+from ape_integrations.core.shapes import BREAK, Form, has_words, label_start, shape, trailer_end
 from ape_integrations.core.stable_prefix import is_telling
 
 _MAX_LABEL = 200  # characters; longer text between two contexts is not a label
 _SEARCHED = 2 * _MAX_LABEL  # characters searched for a label that is shaped like others
 _REMEMBERED = 256  # shapes, and heads whose label is decided
+_WORTHWHILE = 20  # letters and digits of a head by which a later one is recognised
 
 # "Source 1:", "[2] ", "Document (3):", "4. "
 _NUMBERED = re.compile(
     r"\W*(?:(?:[^\W\d_]+[ _]){0,2}[^\W\d_]*[ _]?[#\[(]{0,2}\d{1,4}[\])]{0,2}[:\uff1a>\])]"
     r"|\d{1,3}[.)])[:\uff1a\s]*"
 )
-_CLOSING_TAGS = re.compile(r"(?:\s*</[\w:.-]+>)+")
-# "\nSource: a.txt\n\nContent: ": a trailer of the context before, then a label of the next.
-_ADJACENT = re.compile(r"(?:\n(?=[^\n]*[^\W_])[^\n]*)+?(?=\n[ \t]*\n)")
-_BREAK = re.compile(r"\n|\\n")  # line breaks, also those of JSON strings
-_ESCAPED = re.compile(r"\\[nrt]")
-_FIELD = re.compile(r"\s*([^\s:\uff1a<][^:\uff1a\n<]{0,39})[:\uff1a]")
 # "Query: ...", "The original query is as follows: ...", "Thought: ..."
 _QUESTION = re.compile(
     r"^[^\n:\uff1a]{0,40}\b(?:query|question|thought|action|follow.?up)\b[^\n:\uff1a]{0,24}[:\uff1a]",
     re.IGNORECASE | re.MULTILINE,
 )
-_OPEN_TAG = re.compile(r"\s*<([/\w:.-]+)")
+_NESTED = re.compile(
+    r"(?P<opens>[{\[])|(?P<closes>[}\]])|<(?P<end>/)?[A-Za-z][\w:.-]*[^<>\n]*?(?P<empty>/)?>"
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,30 @@ class Gap:
     label: str  # belongs to the context after it
 
 
-class Labels:
-    """Tells labels from separators, also before the first and after the last context.
+@dataclass(frozen=True)
+class Division:
+    """What belongs to which context of a prompt.
 
-    What stands before the first context is a label if it has the shape of the labels of the later
-    ones. Shapes are remembered, so that a prompt with a single context is treated like its
-    siblings. Thread-safe.
+    Parameters
+    ----------
+    first_label : int
+        Characters before the first context.
+    gaps : list of Gap
+        What stands between the contexts.
+    last_trailer : int
+        Characters behind the last context.
+    """
+
+    first_label: int
+    gaps: list[Gap]
+    last_trailer: int
+
+
+class Labels:
+    """Tells labels from separators, also before the first and behind the last context.
+
+    Shapes, and the texts before labelled contexts, are remembered, so that a prompt with a single
+    context is treated like its siblings. Thread-safe.
     """
 
     def __init__(self, markup: ChatMarkup) -> None:
@@ -56,134 +81,227 @@ class Labels:
         self._lock = threading.Lock()
         self._label_shapes: OrderedDict[str, None] = OrderedDict()
         self._trailer_shapes: OrderedDict[str, None] = OrderedDict()
+        self._labelled: OrderedDict[tuple[int, int, str], None] = OrderedDict()
         self._decided: OrderedDict[tuple[int, int], int] = OrderedDict()
 
-    def divide(self, gaps: Sequence[str], queries: Sequence[str] = ()) -> list[Gap]:
-        """Divide the texts between the contexts of one prompt; a known query is no label."""
-        labels = (text for text in gaps if not self._is_long(text) and not _asks(text, queries))
-        short = {text: self._divide_short(text) for text in labels}
-        self._remember(self._label_shapes, [gap.label for gap in short.values()])
-        self._remember(self._trailer_shapes, [gap.trailer for gap in short.values()])
-        return [short.get(text) or self._divide_long(text) for text in gaps]
+    def divide(
+        self, head: str, gaps: Sequence[str], tail: str, queries: Sequence[str] = ()
+    ) -> Division:
+        """Divide the texts before, between and behind the contexts of one prompt.
+
+        Parameters
+        ----------
+        head, tail : str
+            Everything before the first and behind the last context.
+        gaps : sequence of str
+            What stands between them.
+        queries : sequence of str
+            Known query strings, which are no labels.
+        """
+        each = dict.fromkeys(gaps)
+        short = [text for text in each if not self._is_long(text) and not _asks(text, queries)]
+        forms = _forms(short)
+        divided = {text: self._divide_short(head, text, tail, forms) for text in short}
+        labels = [gap.label for gap in divided.values()]
+        trailers = [gap.trailer for gap in divided.values()]
+        _remember(self._lock, self._label_shapes, _shapes(labels, Form.STRICT))
+        _remember(self._lock, self._trailer_shapes, _shapes(trailers, Form.STRICT))
+        if short:
+            label = self._label_length(head, labels, forms)
+            trailer = self._trailer_length(tail, trailers, forms)
+            self._note_labelled(head, len(head) - label)
+        else:
+            label = self._single_label(head)
+            trailer = self._known_trailer(tail)
+        return Division(label, [divided.get(g) or self._divide_long(g) for g in gaps], trailer)
 
     def _is_long(self, gap: str) -> bool:
         is_conversation = self._markup.has_token(gap) or bool(self._markup.turns(gap))
         return is_conversation or len(gap.strip()) > _MAX_LABEL
 
-    def _divide_short(self, gap: str) -> Gap:
+    def _divide_short(self, head: str, gap: str, tail: str, forms: Sequence[Form]) -> Gap:
         """Divide a gap that holds nothing but a trailer and a label."""
         if not has_words(gap):
             return Gap("", "", "")
-        match = _CLOSING_TAGS.match(gap) or _ADJACENT.match(gap)
-        trailer = gap[: match.end()] if match else ""
-        if trailer and not _CLOSING_TAGS.match(gap) and not has_words(gap[len(trailer) :]):
-            trailer = ""  # nothing would be left to label the next context
-        return Gap(trailer, "", _without_separators(gap[len(trailer) :]))
+        best, chosen = (3, 0), Gap("", "", "")
+        tried = set()
+        for cut in _cuts(gap):
+            parts = _without_rules(gap[:cut]), _without_separators(gap[cut:])
+            if parts in tried:
+                continue
+            tried.add(parts)
+            trailer, label = parts
+            seen = [
+                self._trailer_length(tail, [trailer], forms) > 0,
+                self._label_length(head, [label], forms) > 0,
+            ]
+            there = [bool(trailer), has_words(label)]
+            unexplained = sum(part and not found for part, found in zip(there, seen, strict=True))
+            if (unexplained, -sum(seen)) < best:
+                best = unexplained, -sum(seen)
+                keeps = seen[0] or has_words(trailer) or trailer.endswith(">")
+                chosen = Gap(trailer if keeps else "", "", label)
+            if not unexplained:
+                break
+        return chosen
 
     def _divide_long(self, gap: str) -> Gap:
         """Divide a gap that holds conversation turns or other text for the query."""
-        trailer = self._match_trailer(gap, self._known(self._trailer_shapes))
-        label = self._single_label(gap[trailer:])
+        trailer = self._known_trailer(gap)
+        label = self._single_label(gap[trailer:], remember=False)
         return Gap(gap[:trailer], gap[trailer : len(gap) - label], gap[len(gap) - label :])
 
-    def first_label(self, head: str, gaps: Sequence[Gap]) -> int:
-        """Length of the label at the end of the text before the first context."""
-        plain = [gap for gap in gaps if not gap.moved]
-        if plain:
-            return self._match_label(head, _shapes(gap.label for gap in plain))
+    def _label_length(self, head: str, labels: Iterable[str], forms: Sequence[Form]) -> int:
+        """Length of the label that a text ends with, if it is shaped like one of these."""
+        kept = [label for label in labels if label]
+        for form in forms:
+            if length := self._match_label(head, _shapes(kept, form), form, inline=True):
+                return length
+        return 0
+
+    def _trailer_length(self, tail: str, trailers: Iterable[str], forms: Sequence[Form]) -> int:
+        """Length of the trailer that a text begins with, if it is shaped like one of these."""
+        kept = [trailer for trailer in trailers if trailer]
+        for form in forms:
+            if length := self._match_trailer(tail, _shapes(kept, form), form):
+                return length
+        return 0
+
+    def _single_label(self, head: str, *, remember: bool = True) -> int:
+        """Length of a label that no other label of the same prompt explains."""
         key = (len(head), hash(head))
         with self._lock:
-            known = self._decided.get(key)
-        length = self._single_label(head) if known is None else known
-        if length:  # the shape of a head's label may be learned yet
-            with self._lock:
-                self._decided[key] = length
-                self._decided.move_to_end(key)
-                if len(self._decided) > _REMEMBERED:
-                    self._decided.popitem(last=False)
+            known = self._decided.get(key) if remember else None
+            labelled = list(self._labelled)
+            shapes = list(reversed(self._label_shapes))
+        if known is not None:
+            return known
+        length = self._match_label(head, shapes, Form.STRICT) or self._behind_known(head, labelled)
+        if not length:
+            last_line = head[self._markup.boundary(head, len(head.rstrip())) :]
+            length = len(last_line) if _NUMBERED.fullmatch(last_line) else 0
+        if length and remember:  # the shape of a head's label may be learned yet
+            _remember(self._lock, self._decided, {key: length})
         return length
 
-    def _single_label(self, head: str) -> int:
-        """Length of a label that no other label of the same prompt explains."""
-        length = self._match_label(head, self._known(self._label_shapes))
-        if length:
-            return length
-        last_line = head[self._markup.boundary(head, len(head.rstrip())) :]
-        return len(last_line) if _NUMBERED.fullmatch(last_line) else 0
+    def _note_labelled(self, head: str, start: int) -> None:
+        """Remember the text before a label, and the label's shape."""
+        if start < len(head) and sum(map(str.isalnum, head[:start])) >= _WORTHWHILE:
+            key = start, hash(head[:start]), shape(head[start:], Form.FRAMED)
+            _remember(self._lock, self._labelled, {key: None})
 
-    def last_trailer(self, tail: str, gaps: Sequence[Gap]) -> int:
-        """Length of the trailer at the beginning of the text after the last context."""
-        plain = [gap for gap in gaps if not gap.moved]
-        if plain:
-            return self._match_trailer(tail, _shapes(gap.trailer for gap in plain))
-        return self._match_trailer(tail, self._known(self._trailer_shapes))
+    def _behind_known(self, head: str, labelled: Iterable[tuple[int, int, str]]) -> int:
+        """Length of a label behind a text that such a label was seen behind before."""
+        for start, before, wanted in labelled:
+            if not 0 < len(head) - start <= _MAX_LABEL or hash(head[:start]) != before:
+                continue
+            if shape(head[start:], Form.FRAMED) == wanted:
+                return len(head) - start
+        return 0
 
-    def _match_label(self, head: str, shapes: Sequence[str]) -> int:
-        breaks = [match.end() for match in _BREAK.finditer(head, max(0, len(head) - _SEARCHED))]
+    def _known_trailer(self, tail: str) -> int:
+        with self._lock:
+            shapes = list(reversed(self._trailer_shapes))
+        return self._match_trailer(tail, shapes, Form.STRICT)
+
+    def _match_label(
+        self, head: str, shapes: Iterable[str], form: Form, *, inline: bool = False
+    ) -> int:
+        breaks = [match.end() for match in BREAK.finditer(head, max(0, len(head) - _SEARCHED))]
         for wanted in shapes:
             lines = wanted.count("\n") + 1
             if len(breaks) < lines and len(head) > _SEARCHED:
                 continue
             start = breaks[-lines] if len(breaks) >= lines else 0
             start += max(self._markup.token_ends(head[start:]), default=0)
-            label = head[start:].lstrip(" \t\"'[{")
-            if shape(label) == wanted:
-                return len(label)
+            position = label_start(head, wanted, form, start, inline)
+            if position is not None:
+                return len(head) - position
         return 0
 
-    def _match_trailer(self, tail: str, shapes: Sequence[str]) -> int:
-        whole, tail = len(tail), tail[: self._markup.first_token(tail[:_SEARCHED])]
-        breaks = [match.start() for match in _BREAK.finditer(tail)]
-        closing = _CLOSING_TAGS.match(tail)
-        for wanted in shapes:
-            lines = wanted.count("\n") + 1
-            if len(breaks) < lines and len(tail) == _SEARCHED < whole:
-                continue
-            end = breaks[lines - 1] if len(breaks) >= lines else len(tail)
-            if shape(tail[:end]) == wanted:
-                return min(end, closing.end()) if closing else end
-        return 0
+    def _match_trailer(self, tail: str, shapes: Iterable[str], form: Form) -> int:
+        tail = tail[: self._markup.first_token(tail[:_SEARCHED])]
+        ends = (trailer_end(tail, wanted, form) for wanted in shapes)
+        return next((end for end in ends if end), 0)
 
-    def _known(self, shapes: OrderedDict[str, None]) -> list[str]:
-        with self._lock:
-            return list(reversed(shapes))
 
-    def _remember(self, memory: OrderedDict[str, None], texts: Sequence[str]) -> None:
-        with self._lock:
-            for one in _shapes(texts):
-                memory[one] = None
-                memory.move_to_end(one)
-            while len(memory) > _REMEMBERED:
-                memory.popitem(last=False)
+def _cuts(gap: str) -> Iterator[int]:
+    """Yield where a gap may be divided, the likeliest place first."""
+    low, high = _record_boundary(gap)
+    zone = gap[low:high]
+    ends = [match.end() for match in BREAK.finditer(zone)]
+    if not ends:
+        return iter((low, high) if has_words(zone) else (low,))
+    # An empty line ends a document.
+    for end in ends[:-1]:
+        if BREAK.match(zone, end) and has_words(zone[:end]) and has_words(gap[low + end :]):
+            ends.insert(0, end)
+            break
+    return (low + end for end in ends)
+
+
+def _record_boundary(gap: str) -> tuple[int, int]:
+    """Return the part of a gap in which neither a bracket nor a tag of a document is open."""
+    depth = deepest = low = 0
+    opened: int | None = None
+    for match in _NESTED.finditer(gap):
+        if match["empty"]:
+            continue
+        if match["closes"] or match["end"]:
+            depth -= 1
+            if depth < deepest:
+                deepest, low = depth, match.end()
+            if depth == deepest:
+                opened = None
+        else:
+            if depth == deepest:
+                opened = match.start()
+            depth += 1
+    return low, len(gap) if opened is None else opened
+
+
+def _forms(gaps: Iterable[str]) -> tuple[Form, ...]:
+    """Return the forms in which shapes are compared: names of fields that vary are values."""
+    by_lines: dict[int, set[str]] = {}
+    for gap in gaps:
+        named = shape(gap)
+        by_lines.setdefault(named.count("\n"), set()).add(named)
+    varied = any(len(shapes) > 1 for shapes in by_lines.values())
+    return tuple(Form) if varied else (Form.STRICT, Form.FRAMED)
 
 
 def _asks(gap: str, queries: Sequence[str]) -> bool:
     return _QUESTION.search(gap) is not None or any(q in gap for q in queries if is_telling(q))
 
 
-def _shapes(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(shape(text) for text in texts if text))
+def _shapes(texts: Iterable[str], form: Form) -> dict[str, None]:
+    return dict.fromkeys(shape(text, form) for text in texts if text)
 
 
-def shape(label: str) -> str:
-    """Return what stays of a label when its numbers and values change.
-
-    A line with a field name keeps the name, a line with a tag the tag's name; digits become ``#``.
-    """
-    lines = []
-    for line in _BREAK.split(label):
-        name = _OPEN_TAG.match(line) or _FIELD.match(line)
-        lines.append(re.sub(r"\d+", "#", name.group() if name else line.rstrip()))
-    return "\n".join(lines)
-
-
-def has_words(text: str) -> bool:
-    """Whether a text holds a letter or digit; escaped line breaks of JSON strings do not count."""
-    return any(map(str.isalnum, _ESCAPED.sub("", text)))
+def _remember(lock: threading.Lock, memory: OrderedDict[Any, Any], news: dict[Any, Any]) -> None:
+    with lock:
+        for key, value in news.items():
+            memory[key] = value
+            memory.move_to_end(key)
+        while len(memory) > _REMEMBERED:
+            memory.popitem(last=False)
 
 
 def _without_separators(text: str) -> str:
     """Drop leading lines without a letter or digit, and what separates records."""
-    while (line := _BREAK.search(text)) and not has_words(text[: line.start()]):
+    while (line := BREAK.search(text)) and not has_words(text[: line.start()]):
         text = text[line.end() :]
-    return text.lstrip(" \t\"'[{}]),")
+    return text.lstrip(" \t\"'),}]")
+
+
+def _without_rules(text: str) -> str:
+    """Drop trailing lines without a letter or digit, unless they close what is open."""
+    while True:
+        text = text.rstrip()
+        breaks = list(BREAK.finditer(text))
+        if not breaks:
+            return text.rstrip(" \t,") if has_words(text) or re.search(r"[}\])>]", text) else ""
+        last = text[breaks[-1].end() :]
+        if has_words(last) or re.fullmatch(r"[\s\"'}\])>,]*[}\])>][\s,]*", last):
+            return text.rstrip(" \t,")
+        text = text[: breaks[-1].start()]

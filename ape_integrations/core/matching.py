@@ -6,16 +6,20 @@ import heapq
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ape_integrations.core.markup import ChatMarkup
 from ape_integrations.core.registry import ContextRegistry
 
-# Candidate starts: after a line break, markup, punctuation, a bracket, a quote or an escaped line
-# break. Cheap and generous; `_begins` decides.
+# Candidate starts: words, and what follows a script without spaces' punctuation. Cheap and
+# generous; `_begins` decides.
 _CANDIDATE = re.compile(
-    r"(?:[\n>\]:\uff1a\"'`=(|.,;!?\u2013\u2014\u2192\u201c\u300c-]|\\n|\A)[ \t\u00a0\u3000]*(?=\S)"
+    r"(?:[\s>\]:\uff1a\"'`=(|.,;!?*\u2013\u2014\u2192\u201c\u3000-\u301f\uff00-\uff0f\uff1b-]|\\n|\A)"
+    r"[ \t\u00a0\u3000]*(?=\S)"
 )
-_BULLET = re.compile(r"^[ \t]*(?:[-*•#|]+|\(?(?:\d{1,4}|[a-z])[.)])[ \t]+", re.MULTILINE)
+_BULLET = re.compile(
+    r"^[ \t]*(?:(?:[-*•#|]+|\(?(?:\d{1,4}|[a-z])[.)])[ \t]+|\d{1,4}\u3001)", re.MULTILINE
+)
 _MAX_BULLET = 16
 _OPENING = re.compile(r"(?:\A|[\[({,:=>\n]|\\n)[ \t]*[\"'`]{1,3}[ \t]*\Z")
 
@@ -27,14 +31,31 @@ _TEXT_END = re.compile(
 )
 _LABEL_AFTER = re.compile(r"[ \t]+[A-Z][\w ]{0,24}:")
 _QUOTE_AFTER = re.compile(r"[ \t]*[\"'`\u201d\u300d]")
-_SENTENCE_AFTER = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z])")
-_STOP_AFTER = re.compile(r"(?<=[.!?])\.(?=\s|\Z)")  # that of the sentence it was put into
-_AFTER_LONG = (_LABEL_AFTER, _QUOTE_AFTER, _STOP_AFTER)
+# That of the sentence it was put into.
+_STOP_AFTER = re.compile(r"(?<=[.!?])\.(?=\s|\Z)|(?<=[\u3002\uff01\uff1f])\u3002")
+_BRACKET_AFTER = re.compile(r"[ \t]*[\u3008-\u3011\uff09]")
+# "(source: a.txt)", "[2]" or "- a.txt" up to the end of the line.
+_ASIDE_AFTER = re.compile(
+    r"(?:[ \t]*[(\[\uff08][^\n]{1,120}[)\]\uff09]|[ \t]+[\u2013\u2014-][ \t]+[^\n]{1,60})"
+    r"[ \t.]*(?:\Z|[\r\n])"
+)
+_AFTER_LONG = (_LABEL_AFTER, _QUOTE_AFTER, _STOP_AFTER, _BRACKET_AFTER, _ASIDE_AFTER)
+# The sentence that several texts were put into goes on.
+_SENTENCE_AFTER = re.compile(r"[,;.]?[ \t]|(?<=[\u3002\uff01\uff1f])(?=\S)")
+# A line that begins with "(a.txt)", "**a.txt**" or "a.txt" and a tab.
+_ASIDE_BEFORE = re.compile(
+    r"[ \t>*\u2022-]*(?:[(\[\uff08].{1,80}[)\]\uff09]|\*\*.{1,80}\*\*|[^\t]{1,80}\t)[ \t]*"
+)
+_LONGEST_ASIDE = 100
+_OPENERS = "=(|\u2013\u2014\u2192\u201c\uff08\uff09"  # before a long text, besides CJK brackets
 _LONGEST_WORD = 32  # characters; longer text without a space is a sentence of a script without
 # Characters from which a text may begin in a line, and be followed by a label or another text.
 _LONG_TEXT = 40
-_JOINT = re.compile(r"[ \t]*[,;|/\u00b7\u2022\u2013\u2014-]{0,3}[ \t]+")
-_SEPARATOR = re.compile(rf"{_JOINT.pattern}|[ \t]*\n\s*")
+_JOINT = re.compile(
+    r"[ \t]*[,;|/\u00b7\u2022\u2013\u2014-]{0,3}[ \t]+"
+    r"|[\u3001\u3002\uff0c\uff1b]|(?<=[\u3002\uff01\uff1f])"
+)
+_SEPARATOR = re.compile(rf"[ \t]*\n\s*|{_JOINT.pattern}")
 
 # Who speaks in a transcript, and a chain's own earlier answer ("Original Answer: ...").
 _SPEAKER = re.compile(
@@ -49,9 +70,23 @@ _ANSWER_END = re.compile(r"\n[ \t]*(?:\n|[-=*#_]{3,}|[^\W\d_][^\n:\uff1a]{0,60}[
 _LONGEST_ANSWER = 4000  # characters that are searched for its label
 
 
-def find_contexts(
-    prompt: str, registry: ContextRegistry, markup: ChatMarkup
-) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Found:
+    """Where the registered texts of a prompt stand.
+
+    Parameters
+    ----------
+    spans : list of (int, int)
+        Start and end of each that counts, ascending, without overlaps.
+    overlooked : int
+        Long ones that stand inside other text and do not count.
+    """
+
+    spans: list[tuple[int, int]]
+    overlooked: int = 0
+
+
+def find_contexts(prompt: str, registry: ContextRegistry, markup: ChatMarkup) -> Found:
     """Find the registered texts that a prompt contains as texts of their own.
 
     A text counts where a line, a label, markup or a quoted string begins, and ends where one of
@@ -65,15 +100,12 @@ def find_contexts(
     registry : ContextRegistry
     markup : ChatMarkup
 
-    Returns
-    -------
-    list of (int, int)
-        Start and end of each, ascending, without overlaps.
     """
     if not len(registry):
-        return []
+        return Found([])
     search = _Search(prompt, registry, markup)
-    return registry.find(prompt, search.positions(), search.accept)
+    spans = registry.find(prompt, search.positions(), search.accept)
+    return Found(spans, search.overlooked)
 
 
 class _Search:
@@ -88,6 +120,7 @@ class _Search:
         self._found: list[tuple[int, int]] = []
         self._follows: int | None = None  # where a text follows the last one in its line
         self._joined_at = -1
+        self.overlooked = 0
 
     def positions(self) -> Iterator[int]:
         """Yield where texts may begin, ascending; what lies inside an accepted one is left out."""
@@ -121,7 +154,10 @@ class _Search:
             ends = ends or _SENTENCE_AFTER.match(prompt, end) is not None
         # One that begins inside a sentence ("Here are the facts. ...") is the first of several.
         begins = begins or (long and self._follower(_SEPARATOR, end) is not None)
-        if not (begins and ends) or self._is_said(start, end):
+        if self._is_said(start, end):
+            return False
+        if not (begins and ends):
+            self.overlooked += long
             return False
         self._found.append((start, end))
         self._follows = joined
@@ -181,14 +217,16 @@ def _begins(prompt: str, start: int, word: bool, long: bool, markup: ChatMarkup)
         return False
     if before in (":", "\uff1a", "]") or prompt[edge - 2 : edge] == "\\n":
         return True
-    if long and before in ("=", "(", "|", "\u2013", "\u2014", "\u2192", "\u201c", "\u300c"):
+    if long and (before in _OPENERS or "\u3008" <= before <= "\u3011"):
         return True
     if long and before == "-" and prompt[edge - 2 : edge - 1].isspace():
         return True
     if before in ("'", '"', "`"):
         return _OPENING.search(prompt[max(0, edge - 16) : start]) is not None
-    line = prompt[prompt.rfind("\n", max(0, start - _MAX_BULLET), start) + 1 : start]
-    return len(line) <= _MAX_BULLET and _BULLET.fullmatch(line) is not None
+    line = prompt[prompt.rfind("\n", max(0, start - _LONGEST_ASIDE), start) + 1 : start]
+    if len(line) <= _MAX_BULLET and _BULLET.fullmatch(line):
+        return True
+    return long and len(line) < _LONGEST_ASIDE and _ASIDE_BEFORE.fullmatch(line) is not None
 
 
 def _ends(prompt: str, end: int, word: bool, long: bool, markup: ChatMarkup) -> bool:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ape_integrations.core.guard import GUARD, unguarded
-from ape_integrations.core.labels import Gap, Labels, has_words
+from ape_integrations.core.labels import Division, Labels
 from ape_integrations.core.markup import ChatMarkup
-from ape_integrations.core.matching import find_contexts
+from ape_integrations.core.matching import Found, find_contexts
 from ape_integrations.core.registry import ContextRegistry
+from ape_integrations.core.shapes import has_words
 from ape_integrations.core.stable_prefix import PrefixMemory
+
+logger = logging.getLogger(__name__)
 
 # A last line, with rules under it, that holds nothing but a label: "Context: ",
 # "Documents:\n-----\n"
@@ -76,6 +81,7 @@ class PromptSplitter:
         self._markup = ChatMarkup(special_tokens, turn_markers)
         self._labels = Labels(self._markup)
         self._prefixes = PrefixMemory(self._markup)
+        self._told = threading.Event()
 
     def split(self, prompt: str) -> PromptParts:
         """Take a prompt apart.
@@ -95,18 +101,21 @@ class PromptSplitter:
         if not spans:
             return PromptParts("", (), prompt)
         between = [prompt[end:start] for (_, end), (start, _) in pairwise(spans)]
-        gaps = self._labels.divide(between, self._registry.queries(prompt))
-        if not self._reorder:
+        head, tail = prompt[: spans[0][0]], prompt[spans[-1][1] :]
+        division = self._labels.divide(head, between, tail, self._registry.queries(prompt))
+        moved = [index for index, gap in enumerate(division.gaps) if gap.moved.strip()]
+        if moved and not self._reorder:
             # A conversation between two contexts cannot stay where it is: it ends the contexts.
-            kept = next((i for i, gap in enumerate(gaps) if gap.moved.strip()), len(gaps))
-            spans, gaps = spans[: kept + 1], gaps[:kept]
-        return self._assemble(prompt, spans, gaps)
+            spans, gaps = spans[: moved[0] + 1], division.gaps
+            trailer = len(gaps[moved[0]].trailer)
+            division = Division(division.first_label, gaps[: moved[0]], trailer)
+        return self._assemble(prompt, spans, division)
 
     def _find(self, prompt: str) -> list[tuple[int, int]]:
         """Find contexts; a guard inside one does not hide it."""
         if GUARD not in prompt:
-            return find_contexts(prompt, self._registry, self._markup)
-        spans = find_contexts(unguarded(prompt), self._registry, self._markup)
+            return self._counted(find_contexts(prompt, self._registry, self._markup))
+        spans = self._counted(find_contexts(unguarded(prompt), self._registry, self._markup))
         found = (match.start() for match in re.finditer(GUARD, prompt))
         guards = [position - number for number, position in enumerate(found)]
         return [
@@ -114,17 +123,28 @@ class PromptSplitter:
             for start, end in spans
         ]
 
-    def _assemble(self, prompt: str, spans: list[tuple[int, int]], gaps: list[Gap]) -> PromptParts:
-        first, last = spans[0][0], spans[-1][1]
-        first_label = self._labels.first_label(prompt[:first], gaps)
-        last_trailer = self._labels.last_trailer(prompt[last:], gaps)
-        labels = [first_label, *(len(gap.label) for gap in gaps)]
-        trailers = [*(len(gap.trailer) for gap in gaps), last_trailer]
+    def _counted(self, found: Found) -> list[tuple[int, int]]:
+        """Return what was found; say once where text was retrieved and none of it counts."""
+        if found.overlooked and not found.spans and not self._told.is_set():
+            self._told.set()
+            logger.warning(
+                "Retrieved text stands in the middle of other text of a prompt, where it is no "
+                "context of its own, and is prefilled as always. Put it on lines of its own to "
+                "have its states reused."
+            )
+        return found.spans
+
+    def _assemble(
+        self, prompt: str, spans: list[tuple[int, int]], division: Division
+    ) -> PromptParts:
+        first, last, gaps = spans[0][0], spans[-1][1], division.gaps
+        labels = [division.first_label, *(len(gap.label) for gap in gaps)]
+        trailers = [*(len(gap.trailer) for gap in gaps), division.last_trailer]
         contexts = (
             unguarded(prompt[start - label : end + trailer])
             for (start, end), label, trailer in zip(spans, labels, trailers, strict=True)
         )
-        head, tail = prompt[: first - first_label], prompt[last + last_trailer :]
+        head, tail = prompt[: first - labels[0]], prompt[last + trailers[-1] :]
         prefix, rest = self._divide_head(head, tail)
         query = rest + "".join(gap.moved for gap in gaps) + tail
         return PromptParts(prefix, tuple(dict.fromkeys(contexts)), query, moved=bool(rest))

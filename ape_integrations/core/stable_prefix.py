@@ -13,6 +13,7 @@ from ape_integrations.core.markup import ChatMarkup
 # Shorter query strings, and few words that are no question, must stand alone on a line or after a
 # label: they may be a name that the instructions mention as well.
 _SHORT_QUERY, _FEW_WORDS = 12, 3
+_SHORT_UNSPACED_QUERY = 5  # the same in a script whose characters are words or syllables
 _WORTHWHILE = 20  # letters and digits that a common head needs to be more than a chat header
 _COMPARED = 64  # most recent heads that a new one is compared with
 _ALIKE = 3  # letters and digits by which the beginnings of two varying parts are the same
@@ -23,7 +24,12 @@ _UNSPACED = "\u2e80"  # scripts without spaces between words: from the CJK block
 
 # "Question: ", "The original query is as follows: "
 _LABEL = re.compile(r"\s*([^\n:\uff1a]{1,60})[:\uff1a](?=\s)")
-_ASKED = re.compile(r"\b(?:question|query|input|message|request)\b", re.IGNORECASE)
+_ASKED = re.compile(
+    r"\b(?:question|query|input|message|request|frage|pregunta|pergunta|domanda|\u0432\u043e\u043f\u0440\u043e\u0441)\b"
+    r"|\u95ee\u9898|\u554f\u984c|\u63d0\u95ee|\u8cea\u554f|\uc9c8\ubb38",
+    re.IGNORECASE,
+)
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f")
 _ROLES = frozenset({"system", "developer", "user", "human", "assistant", "ai", "tool"})
 
 
@@ -165,7 +171,8 @@ class PrefixMemory:
             return label.group(1).lower() not in _ROLES
         if label is not None and _ASKED.search(label.group(1)):
             return True
-        return all("?" in head[common:].partition("\n")[0] for head in (text, other))
+        lines = (head[common:].partition("\n")[0] for head in (text, other))
+        return all(any(mark in line for mark in _QUESTION_MARKS) for line in lines)
 
     def _count_words(self, text: str) -> int:
         """Count letters and digits outside message headers."""
@@ -199,10 +206,11 @@ def _find_query(head: str, query: str, before: int) -> int:
 
 def is_telling(query: str) -> bool:
     """Whether a query would hardly stand in a sentence by chance."""
+    if any(char >= _UNSPACED for char in query):
+        return len(query) >= _SHORT_UNSPACED_QUERY
     if len(query) < _SHORT_QUERY:
         return False
-    without_spaces = any(char >= _UNSPACED for char in query)
-    return without_spaces or len(query.split()) > _FEW_WORDS or query.endswith("?")
+    return len(query.split()) > _FEW_WORDS or query.endswith(_QUESTION_MARKS)
 
 
 def _joins_word(char: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,10 +136,11 @@ def test_texts_that_begin_inside_a_line_are_contexts(template: str, order: tuple
 
 
 def test_only_whole_texts_are_joined_on_one_line() -> None:
-    """A text in a line goes on where it is not followed by another one."""
+    """A text in a line goes on where neither it nor what stands before it is one of several."""
+    parts = splitter(*BIRDS).split(f"Birds: {EGRET} and more.\nWhy?")
+    assert parts.contexts == ()
     parts = splitter(*BIRDS).split(f"Birds: {EGRET} {STORK} and more.\nWhy?")
-    assert STORK not in parts.contexts
-    assert f"{STORK} and more." in parts.query
+    assert parts.contexts == (EGRET, STORK)
     assert splitter("Paris", EGRET).split(f"Paris, {EGRET}\nWhy?").contexts == ()
 
 
@@ -313,6 +315,187 @@ def test_conversation_between_contexts_moves_to_the_query_in_order() -> None:
     parts = splitter(HERON, EGRET).split(f"<|im_start|>tool\n{HERON}{turn}{EGRET}<|im_end|>\n")
     assert parts.contexts == (HERON, EGRET)
     assert parts.query == f"{turn}<|im_end|>\n"
+
+
+# Forms of documents ------------------------------------------------------------------------------
+
+TEXTS = (
+    "The America's Cup of 1983 ended a long winning streak, when a challenger won four races.",
+    "Royal Rumble was a wrestling event that was held in an arena by the sea, year after year.",
+    "Battle of the Sexes was a tennis match between a champion and the best player of her time.",
+    "Boiling water was poured over the herbs, which were dried for a week and ground to powder.",
+)
+FILES = ("alpha.md", "notes/beta two.txt", "gamma.pdf", "d7.html")
+SCORES = (0.71, 0.52, 0.83, 0.4)
+
+
+def _json(text: str, file: str, score: float) -> str:
+    return json.dumps({"id": file, "text": text, "score": score})
+
+
+FORMS: dict[str, Callable[[str, str, float], str]] = {
+    "source below": lambda text, file, _: f"{text}\nSource: {file}",
+    "source in parentheses below": lambda text, file, _: f"{text}\n(Source: {file})",
+    "file in brackets below": lambda text, file, _: f"{text}\n[{file}]",
+    "file behind a dash below": lambda text, file, _: f"{text}\n\u2014 {file}",
+    "two lines below": lambda text, file, score: f"{text}\nSource: {file}\nScore: {score}",
+    "fields on both sides": lambda text, file, score: f"File: {file}\n{text}\nScore: {score}",
+    "content and source": lambda text, file, _: f"Content: {text}\nSource: {file}",
+    "source in the line": lambda text, file, _: f"{text} (source: {file})",
+    "brackets in the line": lambda text, file, _: f"{text} [{file}]",
+    "bullet and source": lambda text, file, _: f"- {text} (source: {file})",
+    "dash in the line": lambda text, file, _: f"{text} \u2014 {file}",
+    "link in the line": lambda text, file, _: f"{text} ([link](http://x/{file}))",
+    "parentheses before": lambda text, file, _: f"({file}) {text}",
+    "brackets before": lambda text, file, _: f"[{file}] {text}",
+    "bold before": lambda text, file, _: f"**{file}** {text}",
+    "tab before": lambda text, file, _: f"{file}\t{text}",
+    "colon before": lambda text, file, _: f"{file}: {text}",
+    "dash before": lambda text, file, _: f"{file} - {text}",
+    "heading": lambda text, file, _: f"## {file}\n{text}",
+    "name above": lambda text, file, _: f"{file}\n{text}",
+    "brackets above": lambda text, file, _: f"[{file}]\n{text}",
+    "yaml": lambda text, file, _: f"- file: {file}\n  text: {text}",
+    "attribute": lambda text, file, _: f"<document file='{file}'>{text}</document>",
+    "tag behind": lambda text, file, _: f"<d><text>{text}</text><source>{file}</source></d>",
+    "tag before": lambda text, file, _: f"<d><source>{file}</source><text>{text}</text></d>",
+    "tags in lines": lambda text, file, _: (
+        f"<d>\n<text>\n{text}\n</text>\n<source>{file}</source>\n</d>"
+    ),
+    "table, text first": lambda text, file, _: f"| {text} | {file} |",
+    "table, file first": lambda text, file, _: f"| {file} | {text} |",
+    "json": _json,
+    "json, text first": lambda text, file, _: json.dumps({"text": text, "file": file}),
+    "json, text last": lambda text, file, _: json.dumps({"file": file, "text": text}),
+    "json in lines": lambda text, file, _: json.dumps({"f": file, "text": text, "p": 3}, indent=2),
+    "dict": lambda text, file, _: str({"file": file, "text": text, "page": 3}),
+    "repr": lambda text, file, _: f"Document(metadata={{'f': '{file}'}}, page_content={text!r})",
+}
+JOINTS = ("\n", "\n\n", "\n\n---\n\n", "\n=====\n")
+AROUND = (
+    "Use the documents that follow.\nContext:\n{}\nQuestion: {}",
+    "You are an expert.\n\nHere is what was found.\n{}\n\n{}",
+)
+
+
+def _rotated(form: str, joint: str, around: str, *chosen: int) -> str:
+    written = [FORMS[form](TEXTS[n], FILES[n], SCORES[n]) for n in chosen]
+    return around.format(joint.join(written), QUESTIONS[chosen[0]])
+
+
+def assert_one_form(form: str, joint: str, around: str) -> None:
+    """Every document keeps what is its own, whatever its rank, behind one prefix."""
+    split = splitter(*TEXTS).split
+    seen: set[tuple[str, frozenset[str]]] = set()
+    for first in range(4):
+        prompt = _rotated(form, joint, around, *((first + n) % 4 for n in range(4)))
+        parts = split(prompt)
+        assert_lossless(prompt, parts)
+        for context in parts.contexts:
+            assert sum(text[20:] in context for text in TEXTS) == 1
+            own = next(n for n in range(4) if TEXTS[n][20:] in context)
+            assert [n for n in range(4) if FILES[n] in context] == [own]
+        seen.add((parts.prefix, frozenset(parts.contexts)))
+    ((prefix, contexts),) = seen
+    assert len(contexts) == 4
+    assert not any(file in prefix for file in FILES)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_keep_their_metadata_at_any_rank(form: str, joint: str, around: str) -> None:
+    assert_one_form(form, joint, around)
+
+
+@pytest.mark.parametrize("form", ["json", "json, text first", "json, text last", "dict", "repr"])
+def test_records_of_a_list_keep_their_fields_at_any_rank(form: str) -> None:
+    """As tools return them to agents."""
+    around = "Thought: I will look it up.\nAction: search\nObservation: [{}]\nThought: {}"
+    assert_one_form(form, ", ", around)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_single_document_is_written_like_its_siblings(form: str) -> None:
+    split = splitter(*TEXTS).split
+    several = split(_rotated(form, "\n\n", AROUND[0], 0, 1, 2))
+    parts = split(_rotated(form, "\n\n", AROUND[0], 3))
+    assert parts.prefix == several.prefix
+    (context,) = parts.contexts
+    assert TEXTS[3] in context
+
+
+SENTENCES = (
+    "Use this context {} to answer the question: {}",
+    "CONTEXT START {} CONTEXT END\n\n{}",
+    "Based on {}, {}",
+    "Someone asked. We know that {}. Answer: {}",
+    "\u8bf7\u56de\u7b54\u3002\u8d44\u6599\uff1a{}\u3002\u95ee\u9898\uff1a{}",
+    "\u8bf7\u56de\u7b54\u3002\u8d44\u6599\uff1a{}\u95ee\u9898\uff1a{}",
+    "\u3010\u8d44\u6599\u3011{}\u3010\u95ee\u9898\u3011{}",
+    "\u300a{}\u300b{}",
+)
+CHINESE = (
+    "\u5317\u4eac\u662f\u4e2d\u534e\u4eba\u6c11\u5171\u548c\u56fd\u7684\u9996\u90fd\uff0c\u4eba\u53e3"
+    "\u8d85\u8fc7\u4e24\u5343\u4e07\u3002\u57ce\u5e02\u91cc\u6709\u8bb8\u591a\u5386\u53f2\u5efa\u7b51"
+    "\u548c\u535a\u7269\u9986\uff0c\u6bcf\u5e74\u5438\u5f15\u5927\u91cf\u6e38\u5ba2\u3002",
+    "\u4e0a\u6d77\u662f\u4e2d\u56fd\u6700\u5927\u7684\u7ecf\u6d4e\u4e2d\u5fc3\u4e4b\u4e00\uff0c\u4f4d\u4e8e"
+    "\u957f\u6c5f\u5165\u6d77\u53e3\uff0c\u62e5\u6709\u5168\u7403\u6700\u7e41\u5fd9\u7684\u96c6\u88c5"
+    "\u7bb1\u6e2f\u53e3\u548c\u8bb8\u591a\u8457\u540d\u7684\u5efa\u7b51\u7fa4\u3002",
+    "\u5e7f\u5dde\u662f\u5e7f\u4e1c\u7701\u7684\u7701\u4f1a\uff0c\u4f4d\u4e8e\u73e0\u6c5f\u4e09\u89d2\u6d32"
+    "\u5317\u90e8\uff0c\u662f\u534e\u5357\u5730\u533a\u7684\u4ea4\u901a\u67a2\u7ebd\u548c\u91cd\u8981"
+    "\u7684\u8d38\u6613\u53e3\u5cb8\uff0c\u5386\u53f2\u60a0\u4e45\u3002",
+)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, CHINESE], ids=["English", "Chinese"])
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_texts_inside_a_sentence_are_contexts(sentence: str, texts: tuple[str, ...]) -> None:
+    if texts is TEXTS and sentence[0] > "\u2e80":
+        texts = tuple(f"{text[:-1]}\u3002" for text in texts)
+    split, seen = splitter(*texts).split, set()
+    for first in range(len(texts)):
+        body = "\n\n".join(texts[first:] + texts[:first])
+        prompt = sentence.format(body, QUESTIONS[first])
+        parts = split(prompt)
+        assert_lossless(prompt, parts)
+        seen.add((parts.prefix, frozenset(parts.contexts)))
+    ((prefix, contexts),) = seen
+    assert contexts == frozenset(texts)
+    assert not any(text in prefix for text in texts)
+
+
+@pytest.mark.parametrize("joint", ["", "\uff1b", "\u3001"])
+def test_texts_of_a_script_without_spaces_are_joined_in_many_ways(joint: str) -> None:
+    prompt = f"\u8d44\u6599\uff1a\n{joint.join(CHINESE)}\n\n\u56de\u7b54"
+    assert splitter(*CHINESE).split(prompt).contexts == CHINESE
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "\u7528\u6237\u95ee\uff1a{q} \u8d44\u6599\u5982\u4e0b\uff1a\n",
+        "\u8bf7\u6839\u636e\u8d44\u6599\u56de\u7b54\u201c{q}\u201d\u8fd9\u4e2a\u95ee\u9898\u3002\n",
+        "\u95ee\u9898\uff1a{q}\n\u8d44\u6599\uff1a\n",
+    ],
+)
+def test_short_question_of_a_script_without_spaces_leaves_the_prefix(head: str) -> None:
+    registry = ContextRegistry()
+    split, prefixes = PromptSplitter(registry).split, set()
+    for city in ("\u5317\u4eac", "\u4e0a\u6d77", "\u5e7f\u5dde"):
+        question = f"{city}\u5728\u54ea\u91cc\uff1f"
+        registry.register(CHINESE, question)
+        prefixes.add(split(head.format(q=question) + "\n".join(CHINESE)).prefix)
+    assert len(prefixes) == 1
+
+
+def test_text_that_is_overlooked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    split = splitter(EGRET, HERON).split
+    for _ in range(2):
+        assert split(f"It is known that {EGRET} and that more is said there.").contexts == ()
+    assert [record.message[:35] for record in caplog.records] == [
+        "Retrieved text stands in the middle"
+    ]
 
 
 # The stable prefix -------------------------------------------------------------------------------
