@@ -73,8 +73,8 @@ class GenerationResult:
         Returns
         -------
         dict
-            What ``cache`` holds, and ``load_seconds``, ``encode_seconds``,
-            ``first_token_seconds``, ``total_seconds``.
+            What ``cache`` holds, and the ``timings``, as ``load_seconds``,
+            ``first_token_seconds``, ...
         """
         return {
             **self.cache,

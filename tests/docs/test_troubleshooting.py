@@ -123,6 +123,15 @@ def test_rewritten_text_is_not_recognised() -> None:
     assert made.split(f"Read.\n\n{TEXTS[0]}\n\nWhere?").contexts == (TEXTS[0],)
 
 
+def test_text_inside_other_text_is_not_recognised_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = generator()
+    assert not made.split(f"It is said that {TEXTS[0]} It is also said that she writes.").contexts
+    assert "Put it on lines of its own" in caplog.text
+    assert made.split(f"It is said:\n{TEXTS[0]}\nWhat else?").contexts == (TEXTS[0],)
+
+
 def test_nodes_cut_by_a_small_window_are_not_recognised(reports: list[dict[str, Any]]) -> None:
     nodes = [TextNode(text=" ".join(f"{text} {i}" for i in range(12))) for text in TEXTS]
     for window, contexts in ((900, 0), (None, 2)):
@@ -171,6 +180,19 @@ def test_changing_metadata_spoils_reuse(reports: list[dict[str, Any]]) -> None:
             engine(llm, nodes).query("Where is the lamp?")
         assert reports[-1]["contexts"] == 2
         assert reports[-1]["hits"] == hits
+
+
+@pytest.mark.parametrize(
+    ("labels", "hits"), [(("Source 1:", "Source 2:"), 0), (("lamp.txt:", "boat.txt:"), 2)]
+)
+def test_numbers_make_a_text_another_one_at_every_rank(labels: Sequence[str], hits: int) -> None:
+    numbered = hits == 0
+    prompts = []
+    for order in ((0, 1), (1, 0)):
+        names = labels if numbered else [labels[n] for n in order]
+        texts = [f"{name}\n{TEXTS[n]}" for name, n in zip(names, order, strict=True)]
+        prompts.append("Read this.\n\n" + "\n\n".join(texts) + "\n\nWhere is the lamp?")
+    assert _second_hits(generator(), prompts) == hits
 
 
 def test_keeping_the_order_spoils_reuse_where_the_question_comes_first() -> None:
