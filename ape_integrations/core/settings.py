@@ -180,14 +180,10 @@ class GenerationSettings:
 
     def _check_temperature(self) -> None:
         """Refuse a temperature that is none; 0 is greedy decoding, whatever else is set."""
-        temperature = self._value("temperature")
-        if temperature is None:
-            return
-        if not is_number(temperature, Real) or not 0 <= temperature < math.inf:
-            raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
-        if temperature == 0:
+        temperature = check_temperature(self._value("temperature"))
+        if temperature == 0 or self.kwargs.get("do_sample") is False:
             self._decode_greedily()
-        elif not isinstance(temperature, float):
+        elif temperature is not None:
             self.kwargs["temperature"] = float(temperature)
 
     def _decode_greedily(self) -> None:
@@ -275,6 +271,35 @@ def _refuse(kwargs: dict[str, Any]) -> None:
             "token_healing replaces tokens of the prompt, whose states may be cached already. "
             "Leave it out, and end the query with a whole word."
         )
+
+
+def check_temperature(temperature: Any) -> Any:
+    """Return a temperature, or None.
+
+    Raises
+    ------
+    ConfigError
+        It is no finite number of at least 0.
+    """
+    if temperature is not None and not (
+        is_number(temperature, Real) and 0 <= temperature < math.inf
+    ):
+        raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
+    return temperature
+
+
+def with_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments that say whether to sample, where they say anything about sampling.
+
+    A temperature of 0 means greedy decoding, any other setting of sampling means sampling, and
+    ``do_sample`` says it itself.
+    """
+    if "do_sample" in given:
+        return dict(given)
+    if given.get("temperature") == 0:
+        return {**given, "do_sample": False}
+    asks = any(given.get(name) is not None for name in SAMPLING)
+    return {**given, "do_sample": True} if asks else dict(given)
 
 
 def is_number(value: Any, kind: type) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from numbers import Integral, Real
@@ -16,9 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import GenerationConfig
 
 from ape_integrations.core.config import APEConfig
-from ape_integrations.core.generation import SAMPLING, GenerationResult
+from ape_integrations.core.generation import GenerationResult
 from ape_integrations.core.generator import APEGenerator
-from ape_integrations.core.settings import is_number, strings
+from ape_integrations.core.settings import (
+    check_temperature,
+    is_number,
+    strings,
+    with_sampling,
+)
 from ape_integrations.errors import ConfigError
 from ape_integrations.langchain.engine import (
     Engine,
@@ -286,7 +290,7 @@ class APESettings(BaseModel):
         _refuse_unknown(call, known)
         call = {name: value for name, value in call.items() if value is not None}
         _check_sampling(call)
-        return _sampling(call)
+        return with_sampling(call)
 
 
 def _length(call: Mapping[str, Any]) -> int | None:
@@ -304,25 +308,12 @@ def _length(call: Mapping[str, Any]) -> int | None:
 
 def _check_sampling(call: Mapping[str, Any]) -> None:
     """Refuse what the fields of the same names would not take."""
-    temperature, top_p, seed = (call.get(name) for name in ("temperature", "top_p", "seed"))
-    if temperature is not None and not is_number(temperature, Real):
-        raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must be finite and not negative, not {temperature}.")
+    check_temperature(call.get("temperature"))
+    top_p, seed = call.get("top_p"), call.get("seed")
     if top_p is not None and not (is_number(top_p, Real) and 0 < top_p <= 1):
         raise ConfigError(f"top_p must be a number above 0 and at most 1, not {top_p!r}.")
     if seed is not None and not is_number(seed, Integral):
         raise ConfigError(f"seed must be a whole number, not {seed!r}.")
-
-
-def _sampling(call: dict[str, Any]) -> dict[str, Any]:
-    """Say whether to sample: what the user gave decides, not the model's generation config."""
-    if call.get("temperature") == 0:
-        # None switches each of them off; what is left out would come from the generation config.
-        return {**call, "do_sample": False, **dict.fromkeys(SAMPLING)}
-    if "do_sample" not in call and any(name in call for name in SAMPLING):
-        call["do_sample"] = True
-    return call
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: set[str] | type[BaseModel]) -> None:

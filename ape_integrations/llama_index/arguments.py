@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ape_integrations.core.generation import SAMPLING
-from ape_integrations.core.settings import strings
+from ape_integrations.core.settings import check_temperature, strings, with_sampling
 from ape_integrations.errors import ConfigError
 
 #: What other LLM classes call the same thing.
@@ -39,32 +37,10 @@ def generation_arguments(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         named = {_SYNONYMS.get(name, name): value for name, value in layer.items()}
         given = {name: value for name, value in named.items() if value is not None}
-        if "do_sample" not in given:
-            asks = [name for name in SAMPLING if name in given]
-            if given.get("temperature") == 0:
-                given["do_sample"] = False
-            elif asks:
-                given["do_sample"] = True
-        merged.update(given)
-    _check(merged)
-    if merged.get("do_sample") is False or merged.get("temperature") == 0:
-        merged["do_sample"] = False
-        # Named and empty, or generate() warns about the model's own sampling settings.
-        merged.update(temperature=None, top_p=None, top_k=None)
-        merged.pop("min_p", None)
-        merged.pop("typical_p", None)
+        merged.update(with_sampling(given))
+    check_temperature(merged.get("temperature"))
+    strings("stop", merged.get("stop"))
     return merged
-
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    temperature = arguments.get("temperature")
-    if temperature is not None and (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, (int, float))
-        or not 0 <= temperature < math.inf
-    ):
-        raise ConfigError(f"temperature must be a number of at least 0, not {temperature!r}.")
-    strings("stop", arguments.get("stop"))
 
 
 @contextmanager

@@ -298,7 +298,7 @@ def test_unknown_arguments_of_a_call_are_refused() -> None:
     with pytest.raises(ConfigError, match="cache_dir is set when the model is made"):
         chat.invoke(HELLO, cache_dir="elsewhere")
     for temperature in (-0.5, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match="must be finite and not negative"):
+        with pytest.raises(ConfigError, match="temperature must be a number of at least 0"):
             chat.invoke(HELLO, temperature=temperature)
     with pytest.raises(ConfigError, match="max_tokens must be at least 1"):
         chat.invoke(HELLO, max_tokens=0)

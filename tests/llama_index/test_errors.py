@@ -243,10 +243,10 @@ def test_missing_llamaindex_names_the_extra() -> None:
     ("layers", "expected"),
     [
         ([{"temperature": 0.7}], {"temperature": 0.7, "do_sample": True}),
-        ([{"temperature": 0.7}, {"temperature": 0}], {"do_sample": False, "temperature": None}),
+        ([{"temperature": 0.7}, {"temperature": 0}], {"do_sample": False}),
         ([{"top_p": 0.5}], {"top_p": 0.5, "do_sample": True}),
         ([{"do_sample": False}, {"top_p": 0.5}], {"do_sample": True}),
-        ([{"temperature": 0.7}, {"do_sample": False}], {"do_sample": False, "temperature": None}),
+        ([{"temperature": 0.7}, {"do_sample": False}], {"do_sample": False}),
         ([{"max_tokens": 3}], {"max_new_tokens": 3}),
         ([{"max_new_tokens": 9}, {"max_tokens": 3}], {"max_new_tokens": 3}),
         ([{"max_new_tokens": 9}, {"max_new_tokens": None}], {"max_new_tokens": 9}),
