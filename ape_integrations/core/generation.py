@@ -47,7 +47,8 @@ class GenerationResult:
     finish_reason : str
         ``"stop"`` (end of sequence, stop string, stopping criterion) or ``"length"``.
     usage : dict
-        ``prompt_tokens``, ``completion_tokens``, ``total_tokens``.
+        ``prompt_tokens``, ``completion_tokens``, ``total_tokens``; and ``cached_tokens``, those of
+        the prompt that were read from stored or kept states.
     cache : dict
         ``contexts`` that were read, and ``dropped``: those that others were preferred to; ``hits``,
         ``misses``, ``bytes_loaded``; ``tokens_reused``: query tokens

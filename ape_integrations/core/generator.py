@@ -848,6 +848,7 @@ def _result(
             "prompt_tokens": prompt.num_tokens,
             "completion_tokens": len(row.token_ids),
             "total_tokens": prompt.num_tokens + len(row.token_ids),
+            "cached_tokens": 0 if plan == "plain" else _cached_tokens(prompt, figures),
         },
         cache={
             "contexts": len(prompt.contexts),
@@ -868,6 +869,11 @@ def _result(
             "total": time.perf_counter() - figures.start,
         },
     )
+
+
+def _cached_tokens(prompt: PreparedPrompt, figures: Figures) -> int:
+    contexts = sum(map(len, prompt.contexts))
+    return max(0, contexts - figures.encoded) + figures.reused
 
 
 def _check_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -18,7 +18,8 @@ _CANDIDATE = re.compile(
     r"[ \t\u00a0\u3000]*(?=\S)"
 )
 _BULLET = re.compile(
-    r"^[ \t]*(?:(?:[-*•#|]+|\(?(?:\d{1,4}|[a-z])[.)])[ \t]+|\d{1,4}\u3001)", re.MULTILINE
+    r"^[ \t]*(?:(?:[-*•#|]+|\(?(?:\d{1,4}|[a-z])[.)]|#\d{1,4}[.):]?)[ \t]+|\d{1,4}\u3001)",
+    re.MULTILINE,
 )
 _MAX_BULLET = 16
 _OPENING = re.compile(r"(?:\A|[\[({,:=>\n]|\\n)[ \t]*[\"'`]{1,3}[ \t]*\Z")
@@ -37,7 +38,7 @@ _BRACKET_AFTER = re.compile(r"[ \t]*[\u3008-\u3011\uff09]")
 # "(source: a.txt)", "[2]" or "- a.txt" up to the end of the line.
 _ASIDE_AFTER = re.compile(
     r"(?:[ \t]*[(\[\uff08][^\n]{1,120}[)\]\uff09]|[ \t]+[\u2013\u2014-][ \t]+[^\n]{1,60})"
-    r"[ \t.]*(?:\Z|[\r\n])"
+    rf"[ \t.]*(?:\Z|[\r\n]|{_TAG}|\[/?[A-Z_]{{3,}}\])"
 )
 _AFTER_LONG = (_LABEL_AFTER, _QUOTE_AFTER, _STOP_AFTER, _BRACKET_AFTER, _ASIDE_AFTER)
 # The sentence that several texts were put into goes on.

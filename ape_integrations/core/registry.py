@@ -226,6 +226,16 @@ class ContextRegistry:
                 while len(self._scores) > self._max_queries:
                     self._scores.popitem(last=False)
 
+    def knows(self, texts: Iterable[str]) -> bool:
+        """Tell whether all these texts are registered; they then count as registered just now."""
+        stripped = [text.strip() for text in texts]
+        with self._lock:
+            known = all(text in self._texts for text in stripped if text)
+            for text in stripped if known else ():
+                if text:
+                    self._texts.move_to_end(text)
+        return known
+
     def scores(self, contexts: Sequence[str], query: str) -> list[float] | None:
         """Return the retrieval score of each context, where one retrieval gave them all.
 

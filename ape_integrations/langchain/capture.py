@@ -1,4 +1,8 @@
-"""Registers what retrievers return with the models that will read it, with no user code."""
+"""Registers what pipelines retrieve with the models that will read it, with no user code.
+
+Retrievers report what they return. Documents that come another way, from a vector store's own
+methods or a checkpoint, show as they pass from step to step, in a graph's state or a tool's result.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextvars import ContextVar
-from numbers import Real
 from typing import Any
 from uuid import UUID
 
@@ -14,20 +17,15 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.tracers.context import register_configure_hook
 
+from ape_integrations.langchain.documents import documents_within, relevance_scores
 from ape_integrations.langchain.engine import register_everywhere
 
 #: Retrievals under way at the same time; more can only be left over from crashed ones.
 _MAX_RUNNING = 4096
 
 
-def relevance_scores(documents: Sequence[Document]) -> dict[str, float]:
-    """Return the scores that rerankers leave in the metadata of documents, by text."""
-    found = ((d.page_content, d.metadata.get("relevance_score")) for d in documents)
-    return {text: float(score) for text, score in found if isinstance(score, Real)}
-
-
 class RetrievalCapture(BaseCallbackHandler):
-    """Hands retrieved documents and their query to every model that wants them.
+    """Hands documents, and the query of a retrieval, to every model that wants them.
 
     Knows nothing of which chain a retrieval belongs to: registering a text with a model that never
     sees it costs a dictionary entry. Models that come later get the latest retrievals, because a
@@ -61,6 +59,25 @@ class RetrievalCapture(BaseCallbackHandler):
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the query."""
         self._forget(run_id)
+
+    def on_chain_start(self, serialized: Any, inputs: Any, **kwargs: Any) -> None:
+        """Register documents that a step is given."""
+        self._pass(inputs)
+
+    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        """Register documents that a step returns."""
+        self._pass(outputs)
+
+    def on_tool_end(self, output: Any, **kwargs: Any) -> None:
+        """Register documents that a tool returns, or hands over besides its answer."""
+        self._pass(output)
+
+    def _pass(self, value: Any) -> None:
+        documents = list(documents_within(value))
+        texts = [document.page_content for document in documents]
+        if texts:
+            # From step to step they are the same ones.
+            register_everywhere(texts, None, relevance_scores(documents), again=False)
 
     def _forget(self, run_id: UUID) -> str | None:
         with self._lock:

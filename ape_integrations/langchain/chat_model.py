@@ -29,11 +29,15 @@ from ape_integrations.core.settings import GenerationSettings
 from ape_integrations.errors import ConfigError
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
 from ape_integrations.langchain.batches import BatchedCalls
-from ape_integrations.langchain.messages import documents_in, to_template_messages
+from ape_integrations.langchain.documents import documents_within
+from ape_integrations.langchain.messages import to_template_messages
+from ape_integrations.langchain.overflow import overflow_errors
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 from ape_integrations.langchain.structured import (
     Schema,
     StructuredParser,
+    json_objects,
+    schema_of_format,
     schema_tool,
     with_instruction,
 )
@@ -59,6 +63,7 @@ class _Call:
     tool_names: tuple[str, ...] = ()
     form: ToolFormat | None = None
     opening: str = ""  # how a forced tool call begins; part of the prompt and of the answer
+    json_only: bool = False  # the answer is to be a JSON object and nothing else
 
     def generate(self, *criteria: StoppingCriteria) -> GenerationResult:
         generation = stopped_by(self.generation, *criteria)
@@ -69,6 +74,13 @@ class _Call:
 
     def read(self, result: GenerationResult) -> ToolCalls:
         """Return text and tool calls of a result."""
+        found = self._read(result)
+        if self.json_only and not found.calls:
+            written = (json.dumps(value, ensure_ascii=False) for value in json_objects(found.text))
+            found.text = next(written, found.text)
+        return found
+
+    def _read(self, result: GenerationResult) -> ToolCalls:
         if self.form is None:
             return ToolCalls(result.text)
         # The marks of a tool call may be special tokens, which the text does not show.
@@ -191,8 +203,11 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
         kwargs = dict(kwargs)
         engine, name = self._engine_for(kwargs.pop("model", None))
         choice = kwargs.pop("tool_choice", None)
-        tools = [convert_to_openai_tool(tool) for tool in kwargs.pop("tools", None) or ()]
+        tools = _as_tools(kwargs.pop("tools", None) or ())
         structured = kwargs.pop("structured_output", None)
+        response_format = kwargs.pop("response_format", None)
+        if response_format is not None and (tool := schema_of_format(response_format)):
+            structured = {"method": "json_schema", "tool": tool}
         generator = engine.generator
         if structured is not None:
             method = structured["method"]
@@ -208,7 +223,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
             elif method == "json_schema":
                 messages = with_instruction(messages, structured["tool"])
         if self.capture:
-            generator.registry.register(documents_in(messages))
+            generator.registry.register(d.page_content for d in documents_within(messages))
         if _choice_name(choice) == "none":
             tools = []
         names = tuple(tool["function"]["name"] for tool in tools)
@@ -222,6 +237,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
             tool_names=names,
             form=form,
             opening=opening,
+            json_only=response_format is not None and response_format["type"] != "text",
         )
 
     # Answers ------------------------------------------------------------------------------------
@@ -234,7 +250,8 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._prepare(messages, stop, kwargs)
-        return _chat_result(call, call.generate())
+        with overflow_errors():
+            return _chat_result(call, call.generate())
 
     async def _agenerate(
         self,
@@ -245,7 +262,8 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
     ) -> ChatResult:
         def generate(cancellation: StoppingCriteria) -> ChatResult:
             call = self._prepare(messages, stop, kwargs)
-            return _chat_result(call, call.generate(cancellation))
+            with overflow_errors():
+                return _chat_result(call, call.generate(cancellation))
 
         return await run_generation(generate)
 
@@ -258,7 +276,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         call = self._prepare(messages, stop, kwargs)
         chunks = _Chunks(call)
-        with closing(call.stream()) as stream:
+        with overflow_errors(), closing(call.stream()) as stream:
             for piece in stream:
                 yield from chunks.of(piece)
             yield chunks.last(stream.result)
@@ -272,14 +290,16 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         def start() -> tuple[_Call, GenerationStream]:
             call = self._prepare(messages, stop, kwargs)
-            return call, call.stream()
+            with overflow_errors():
+                return call, call.stream()
 
         call, stream = await asyncio.to_thread(start)
         chunks = _Chunks(call)
-        async with aclosing(Pieces(stream)) as pieces:
-            async for piece in pieces:
-                for chunk in chunks.of(piece):
-                    yield chunk
+        with overflow_errors():
+            async with aclosing(Pieces(stream)) as pieces:
+                async for piece in pieces:
+                    for chunk in chunks.of(piece):
+                        yield chunk
         yield chunks.last(stream.result)
 
     # Tokens -------------------------------------------------------------------------------------
@@ -294,7 +314,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
         """Return how many tokens messages and tools have as rendered, answer's header included."""
-        shown = [convert_to_openai_tool(tool) for tool in tools or ()]
+        shown = _as_tools(tools or ())
         return len(self.generator.tokens.prompt(self.render(messages, tools=shown)))
 
     # Tools and structured output ----------------------------------------------------------------
@@ -326,7 +346,7 @@ class ChatAPE(BatchedCalls, APESettings, BaseChatModel):
             The tool choice names no tool. That the chat template has no place for tools shows in
             the first call, because the model is not loaded before.
         """
-        shown = [convert_to_openai_tool(tool) for tool in tools]
+        shown = _as_tools(tools)
         choice = _normalised_choice(tool_choice, [tool["function"]["name"] for tool in shown])
         return self.bind(tools=shown, **({"tool_choice": choice} if choice else {}), **kwargs)
 
@@ -435,6 +455,24 @@ def _chat_result(call: _Call, result: GenerationResult) -> ChatResult:
         response_metadata=metadata(result, call.model_name),
     )
     return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _as_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return tools in OpenAI's form.
+
+    Raises
+    ------
+    ConfigError
+        One is a service of another provider, which a local model cannot call.
+    """
+    shown = [convert_to_openai_tool(tool) for tool in tools]
+    for tool in shown:
+        if "function" not in tool:
+            raise ConfigError(
+                f"The tool {tool.get('type')!r} is run by another provider. Pass a function or a "
+                "tool of your own that does the same."
+            )
+    return shown
 
 
 def _template(generator: APEGenerator, tools: Sequence[Any]) -> str:

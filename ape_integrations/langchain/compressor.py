@@ -19,8 +19,8 @@ from pydantic import ConfigDict, Field, model_validator
 from tqdm.auto import tqdm
 
 from ape_integrations.errors import ConfigError
-from ape_integrations.langchain.capture import relevance_scores
 from ape_integrations.langchain.chat_model import ChatAPE
+from ape_integrations.langchain.documents import relevance_scores
 from ape_integrations.langchain.engine import Engine
 from ape_integrations.langchain.settings import APESettings
 

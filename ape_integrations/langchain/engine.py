@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,8 @@ class Engine:
         texts: Sequence[str],
         query: str | None = None,
         scores: Mapping[str, float] | None = None,
+        *,
+        again: bool = True,
     ) -> None:
         """Note retrieved texts, and start fetching their states where the model is loaded.
 
@@ -188,13 +190,19 @@ class Engine:
             What they were retrieved for.
         scores : mapping of str to float, optional
             Their retrieval scores by text, by which ``APEConfig.max_contexts`` chooses.
+        again : bool
+            Whether to do so with texts that are known already, and to fetch their states.
         """
         with self._lock:
             if self._generator is None:
-                self._pending.append((list(texts), query, scores))
+                if again or not _holds(self._pending, texts):
+                    self._pending.append((list(texts), query, scores))
                 return
+        if not again and self._generator.registry.knows(texts):
+            return
         self._generator.registry.register(texts, query, scores)
-        self._generator.prefetch(texts, encode=False)
+        if again:
+            self._generator.prefetch(texts, encode=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return acquire, (self.settings,)
@@ -239,14 +247,30 @@ def acquire(settings: EngineSettings) -> Engine:
 
 
 def register_everywhere(
-    texts: Sequence[str], query: str | None, scores: Mapping[str, float] | None
+    texts: Sequence[str],
+    query: str | None,
+    scores: Mapping[str, float] | None,
+    *,
+    again: bool = True,
 ) -> None:
-    """Note what a retriever returned for every engine that wants it, later ones included."""
+    """Note what was retrieved for every engine that wants it, later ones included.
+
+    Parameters
+    ----------
+    texts, query, scores, again
+        As for :meth:`Engine.register`.
+    """
     with _engines_lock:
-        _recent.append((list(texts), query, scores))
+        if again or not _holds(_recent, texts):
+            _recent.append((list(texts), query, scores))
         wanting = [engine for engine in _engines.values() if engine.settings.capture]
     for engine in wanting:
-        engine.register(texts, query, scores)
+        engine.register(texts, query, scores, again=again)
+
+
+def _holds(retrievals: Iterable[Retrieval], texts: Sequence[str]) -> bool:
+    wanted = list(texts)
+    return any(known == wanted for known, _, _ in retrievals)
 
 
 def engines() -> list[Engine]:

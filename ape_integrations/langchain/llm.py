@@ -18,6 +18,7 @@ from ape_integrations.core.generation import GenerationResult, GenerationStream
 from ape_integrations.core.generator import APEGenerator
 from ape_integrations.langchain import capture  # noqa: F401  (registers the handler)
 from ape_integrations.langchain.batches import BatchedCalls
+from ape_integrations.langchain.overflow import overflow_errors
 from ape_integrations.langchain.settings import APESettings, metadata, usage
 
 
@@ -79,7 +80,8 @@ class APELanguageModel(BatchedCalls, APESettings, BaseLLM):
         def answer(prompt: str) -> GenerationResult:
             return generator.generate_prompt(prompt, **generation)
 
-        results = [answer(prompts[0])] if len(prompts) == 1 else run_together(answer, prompts)
+        with overflow_errors():
+            results = [answer(prompts[0])] if len(prompts) == 1 else run_together(answer, prompts)
         return _llm_result(results, name)
 
     async def _agenerate(
@@ -102,7 +104,7 @@ class APELanguageModel(BatchedCalls, APESettings, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         generator, name, generation = self._prepare(stop, kwargs)
-        with closing(generator.stream_prompt(prompt, **generation)) as stream:
+        with overflow_errors(), closing(generator.stream_prompt(prompt, **generation)) as stream:
             for piece in stream:
                 chunk = GenerationChunk(text=piece)
                 if run_manager is not None:
@@ -119,15 +121,17 @@ class APELanguageModel(BatchedCalls, APESettings, BaseLLM):
     ) -> AsyncIterator[GenerationChunk]:
         def start() -> tuple[GenerationStream, str]:
             generator, name, generation = self._prepare(stop, kwargs)
-            return generator.stream_prompt(prompt, **generation), name
+            with overflow_errors():
+                return generator.stream_prompt(prompt, **generation), name
 
         stream, name = await asyncio.to_thread(start)
-        async with aclosing(Pieces(stream)) as pieces:
-            async for piece in pieces:
-                chunk = GenerationChunk(text=piece)
-                if run_manager is not None:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
+        with overflow_errors():
+            async with aclosing(Pieces(stream)) as pieces:
+                async for piece in pieces:
+                    chunk = GenerationChunk(text=piece)
+                    if run_manager is not None:
+                        await run_manager.on_llm_new_token(piece, chunk=chunk)
+                    yield chunk
         yield GenerationChunk(text="", generation_info=_info(stream.result, name))
 
     # Tokens -------------------------------------------------------------------------------------

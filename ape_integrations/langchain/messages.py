@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -19,7 +19,21 @@ from langchain_core.messages import (
 from ape_integrations.errors import ConfigError
 
 #: Parts of a model's own message that are no text to repeat: calls stand in ``tool_calls``.
-_NOT_REPEATED = frozenset({"tool_call", "tool_use", "tool_call_chunk", "reasoning", "thinking"})
+_NOT_REPEATED = frozenset(
+    {
+        *("tool_call", "tool_use", "tool_call_chunk", "reasoning", "thinking"),
+        *("server_tool_call", "server_tool_call_chunk", "server_tool_result"),
+    }
+)
+
+#: Blocks that are text and nothing else, and what may stand beside the text of any block.
+_TEXT = frozenset({"text", "text-plain", "input_text", "output_text"})
+_BESIDE_TEXT = frozenset({"type", "text", "id", "index", "annotations", "extras", "cache_control"})
+
+#: Fields that say where what is no text is to be had.
+_MEDIA = frozenset(
+    {"base64", "data", "url", "image_url", "input_audio", "file_id", "source", "file"}
+)
 
 
 def to_template_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -65,33 +79,26 @@ def _named(message: BaseMessage, role: str, **more: Any) -> dict[str, Any]:
 def _content(message: BaseMessage) -> str | list[str]:
     if isinstance(message.content, str):
         return message.content
-    return list(_texts(message.content, repeated=not isinstance(message, AIMessage)))
+    return list(_texts(message))
 
 
-def _texts(blocks: Sequence[Any], *, repeated: bool) -> Iterator[str]:
-    for block in blocks:
-        kind = block.get("type") if isinstance(block, dict) else "text"
+def _texts(message: BaseMessage) -> Iterator[str]:
+    for block in message.content:
         if isinstance(block, str):
             yield block
-        elif isinstance(block, dict) and isinstance(block.get("text"), str):
-            yield block["text"]
-        elif repeated or kind not in _NOT_REPEATED:
+            continue
+        kind, text = block.get("type"), block.get("text")
+        if isinstance(text, str) and (kind in _TEXT or not block.keys() - _BESIDE_TEXT):
+            yield text
+        elif isinstance(message, AIMessage) and kind in _NOT_REPEATED:
+            continue
+        elif isinstance(text, str) or (
+            isinstance(message, ToolMessage) and not _MEDIA & block.keys()
+        ):
+            # A record that a tool returned: its other fields are part of what it says.
+            yield json.dumps(block, ensure_ascii=False, default=str)
+        else:
             raise ConfigError(
                 f"A message holds content of type {kind!r}, but the model reads text only. "
                 "Leave it out, or describe it in words."
             )
-
-
-def documents_in(messages: Sequence[BaseMessage]) -> list[str]:
-    """Return the texts of documents that tools handed over besides their answer.
-
-    Retrieval tools of the kind ``content_and_artifact`` put the documents there; a conversation
-    that was stored and loaded again still has them.
-    """
-    return [
-        document.page_content
-        for message in messages
-        if isinstance(message, ToolMessage) and isinstance(message.artifact, (list, tuple))
-        for document in message.artifact
-        if isinstance(document, Document)
-    ]

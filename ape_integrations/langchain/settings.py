@@ -35,7 +35,12 @@ from ape_integrations.models import DEMO_MODEL_NAME
 from ape_integrations.store import DiskKVStore, check_store
 
 #: Standard parameters of LangChain models that mean nothing for a model in the same process.
-_MEANINGLESS = frozenset({"timeout", "max_retries", "api_key", "base_url", "stream_usage"})
+_MEANINGLESS = frozenset(
+    {
+        *("timeout", "max_retries", "api_key", "base_url"),
+        *("stream_usage", "parallel_tool_calls", "user"),
+    }
+)
 
 #: What ``model.generate()`` takes besides the fields of its generation config.
 _GENERATE_ARGUMENTS = frozenset(
@@ -275,6 +280,9 @@ class APESettings(BaseModel):
             An argument that nothing would heed, or one that is out of range.
         """
         own = kwargs.pop("model_kwargs", None) or {}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _MEANINGLESS}
+        if "max_completion_tokens" in kwargs:
+            kwargs.setdefault("max_tokens", kwargs.pop("max_completion_tokens"))
         _refuse_fields({**self.model_kwargs, **own})
         given = {**own, **kwargs}
         call = {**self.model_kwargs, **given}
@@ -364,6 +372,7 @@ def usage(result: GenerationResult) -> UsageMetadata:
         input_tokens=result.usage["prompt_tokens"],
         output_tokens=result.usage["completion_tokens"],
         total_tokens=result.usage["total_tokens"],
+        input_token_details={"cache_read": result.usage["cached_tokens"]},
     )
 
 

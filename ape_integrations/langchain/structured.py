@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.exceptions import OutputParserException
@@ -12,6 +12,9 @@ from langchain_core.output_parsers import BaseOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
+
+from ape_integrations.errors import ConfigError
+from ape_integrations.langchain.tools import after_thoughts
 
 Schema = dict[str, Any] | type
 
@@ -22,6 +25,29 @@ def schema_tool(schema: Schema) -> dict[str, Any]:
     """Return a schema as the tool that a model calls to answer in its shape."""
     tool: dict[str, Any] = convert_to_openai_tool(schema)
     return tool
+
+
+def schema_of_format(given: Any) -> dict[str, Any] | None:
+    """Return the schema of a ``response_format`` in OpenAI's form, as a tool.
+
+    None for ``{"type": "json_object"}`` and ``{"type": "text"}``, which ask for no schema.
+
+    Raises
+    ------
+    ConfigError
+        It is none of the three.
+    """
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind in ("text", "json_object"):
+        return None
+    described = given.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(described, Mapping) or not isinstance(described.get("schema"), Mapping):
+        raise ConfigError(
+            'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, '
+            f'{{"type": "json_object"}} or {{"type": "text"}}, not {given!r}.'
+        )
+    name = str(described.get("name") or described["schema"].get("title") or "answer")
+    return schema_tool({**described["schema"], "title": name})
 
 
 def with_instruction(messages: Sequence[BaseMessage], tool: Mapping[str, Any]) -> list[BaseMessage]:
@@ -35,6 +61,19 @@ def with_instruction(messages: Sequence[BaseMessage], tool: Mapping[str, Any]) -
         asked = last.model_copy(update={"content": f"{last.content}\n\n{instruction}"})
         return [*messages[:-1], asked]
     return [*messages, HumanMessage(instruction)]
+
+
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects behind the thoughts in a text, in order, not those inside others."""
+    _, answer = after_thoughts(text)
+    position = answer.find("{")
+    while position >= 0:
+        try:
+            value, end = _DECODER.raw_decode(answer, position)
+            yield value
+        except json.JSONDecodeError:
+            end = position + 1
+        position = answer.find("{", end)
 
 
 class StructuredParser(BaseOutputParser[Any]):
@@ -63,16 +102,15 @@ class StructuredParser(BaseOutputParser[Any]):
         return self.parse(generation.text)
 
     def parse(self, text: str) -> Any:
-        """Return the first JSON object in a text."""
-        position = text.find("{")
-        while position >= 0:
+        """Return the first JSON object behind the thoughts in a text that has the right shape."""
+        wrong: OutputParserException | None = None
+        for value in json_objects(text):
             try:
-                value, _ = _DECODER.raw_decode(text, position)
-            except json.JSONDecodeError:
-                position = text.find("{", position + 1)
-                continue
-            return self._validated(value, text)
-        raise OutputParserException("The answer holds no JSON object.", llm_output=text)
+                return self._validated(value, text)
+            except OutputParserException as error:
+                wrong = wrong or error
+        missing = OutputParserException("The answer holds no JSON object.", llm_output=text)
+        raise wrong or missing
 
     def _validated(self, value: dict[str, Any], text: str) -> Any:
         if not (isinstance(self.target, type) and is_basemodel_subclass(self.target)):

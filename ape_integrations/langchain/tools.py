@@ -19,6 +19,8 @@ _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\
 _FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?\Z", re.DOTALL)
 _BETWEEN = re.compile(r"[\s;,]*")
 _PYTHON_TAG = "<|python_tag|>"
+_FIRST_KEYS = ('"name"', '"type"', '"id"', '"function"', '"parameters"', '"arguments"')
+_THOUGHT, _THOUGHT_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,19 @@ class ToolCalls:
     invalid: list[InvalidToolCall] = field(default_factory=list)
 
 
+def after_thoughts(text: str) -> tuple[str, str]:
+    """Divide an answer behind the thoughts of a reasoning model, if it begins with some.
+
+    The template may have opened them, so that the answer only ends them; an answer that was cut
+    while the model was thinking consists of thoughts.
+    """
+    end = text.rfind(_THOUGHT_END)
+    if end >= 0:
+        end += len(_THOUGHT_END)
+        return text[:end], text[end:]
+    return (text, "") if text.lstrip().startswith(_THOUGHT) else ("", text)
+
+
 def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
     """Read the tool calls in an answer.
 
@@ -97,6 +112,11 @@ def parse_tool_calls(text: str, names: Sequence[str]) -> ToolCalls:
     names : sequence of str
         The tools; bare JSON that names none of them is an answer like any other.
     """
+    thoughts, answer = after_thoughts(text)
+    if thoughts:
+        found = parse_tool_calls(answer, names)
+        found.text = thoughts + found.text
+        return found
     if "<tool_call>" in text:
         found = ToolCalls(text[: text.index("<tool_call>")].rstrip())
         for match in _TAGGED.finditer(text):
@@ -205,4 +225,12 @@ class ToolCallFilter:
 
 def _may_be_call(answer: str) -> bool:
     """Whether an answer that begins like this may consist of calls alone."""
-    return answer.startswith(("{", "[", "```")) or "```".startswith(answer)
+    rest = answer
+    for optional in ("```", "json", "[", "{"):
+        if optional.startswith(rest):
+            return True  # too short to tell, or no more than the beginning of a call
+        found = rest.startswith(optional)
+        if optional == "{" and not found:
+            return False
+        rest = rest[len(optional) :].lstrip() if found else rest
+    return not rest or any(key.startswith(rest[: len(key)]) for key in _FIRST_KEYS)

@@ -83,7 +83,10 @@ def test_result_counts_tokens_hits_and_misses(generator: APEGenerator) -> None:
         "prompt_tokens": prompt.num_tokens,
         "completion_tokens": 12,
         "total_tokens": prompt.num_tokens + 12,
+        "cached_tokens": 0,
     }
+    reread = len(prompt.query) - again.cache["tokens_reused"]
+    assert again.usage["cached_tokens"] == prompt.num_tokens - len(prompt.prefix) - reread
     assert first.finish_reason == "length"
     assert again.token_ids == first.token_ids
     parts = {"load", "encode", "select", "recompute"}

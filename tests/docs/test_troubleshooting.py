@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.documents import Document
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from llama_index.core import PromptTemplate
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.instrumentation import get_dispatcher
@@ -163,6 +163,17 @@ def test_changing_text_before_the_documents_spoils_reuse() -> None:
     assert _second_hits(generator(), before) == 0
     behind = [f"Read.\n\n{documents}\n\nIt is {time} o'clock. Where?" for time in (9, 10)]
     assert _second_hits(generator(), behind) == 2
+
+
+def test_chat_history_before_the_documents_gives_a_second_prefix() -> None:
+    chat, history, hits = langchain(), [], []
+    for question in ("Where is the lamp?", "Whose is the boat?", "Who reads?"):
+        asked = HumanMessage(f"Context:\n{TEXTS[0]}\n\n{TEXTS[1]}\n\nQuestion: {question}")
+        chat.generator.registry.register(TEXTS, question)
+        answer = chat.invoke([SystemMessage("Read this."), *history, asked])
+        hits.append(answer.response_metadata["ape"]["hits"])
+        history += [HumanMessage(question), AIMessage("It is there.")]
+    assert hits == [0, 0, 2]
 
 
 def test_changing_metadata_spoils_reuse(reports: list[dict[str, Any]]) -> None:

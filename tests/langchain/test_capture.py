@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 from ape_integrations import APELanguageModel, ChatAPE, MemoryKVStore
 from ape_integrations.core.config import APEConfig
 from ape_integrations.core.loading import bundled_model
+from ape_integrations.langchain import engine
 from ape_integrations.langchain.capture import capture_hook
+from ape_integrations.langchain.documents import documents_within
 from ape_integrations.langchain.engine import engines
 from tests.langchain.helpers import (
+    DOCUMENTS,
     QUESTIONS,
     TEXTS,
     Calls,
     WordRetriever,
+    format_docs,
     loaded_model,
     loaded_tokenizer,
     tiny_chat,
@@ -109,6 +119,102 @@ def test_completion_model_is_served_too() -> None:
     for _ in range(2):
         lcel(model, WordRetriever()).invoke(QUESTIONS[0], {"callbacks": [calls]})  # type: ignore[arg-type]
     assert [report["hits"] for report in calls.reports] == [0, 3]
+
+
+class State(TypedDict):
+    question: str
+    context: list[Document]
+    answer: str
+
+
+def _graph(chat: ChatAPE, carried: Callable[[list[Document]], Any], **options: Any) -> Any:
+    """Return the graph of LangGraph's tutorial, with a search that is no retriever."""
+
+    def retrieve(state: State) -> dict[str, Any]:
+        return {"context": carried(_search(state["question"]))}
+
+    def generate(state: State) -> dict[str, Any]:
+        documents = list(documents_within(state["context"]))
+        answer = chat.invoke(f"{format_docs(documents)}\n\n{state['question']}")
+        return {"answer": str(answer.response_metadata["ape"]["contexts"])}
+
+    graph = StateGraph(State).add_sequence([retrieve, generate]).add_edge(START, "retrieve")
+    return graph.compile(**options)
+
+
+def _search(question: str) -> list[Document]:
+    return WordRetriever()._get_relevant_documents(question, run_manager=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        lambda documents: documents,
+        lambda documents: {"found": {"documents": documents}},
+        lambda documents: [(document, 0.5) for document in documents],
+    ],
+)
+def test_documents_in_the_state_of_a_graph_are_recognised(
+    carried: Callable[[list[Document]], Any],
+) -> None:
+    """As in LangGraph's tutorial, whose search of a vector store fires no event."""
+    graph = _graph(tiny_chat(), carried)
+    assert graph.invoke({"question": QUESTIONS[0]})["answer"] == "3"
+
+
+def test_graph_that_is_resumed_by_another_process_finds_its_documents(tmp_path: Any) -> None:
+    memory, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
+    options = {"checkpointer": memory, "interrupt_before": ["generate"]}
+    _graph(tiny_chat(), lambda documents: documents, **options).invoke(
+        {"question": QUESTIONS[0]}, config
+    )
+    gc.collect()
+    _forget_everything()
+    graph = _graph(tiny_chat(), lambda documents: documents, **options)
+    assert graph.invoke(None, config)["answer"] == "3"
+
+
+@pytest.mark.parametrize(
+    "artifact",
+    [
+        list(DOCUMENTS[:2]),
+        {"documents": DOCUMENTS[:2]},
+        [(DOCUMENTS[0], 0.5), (DOCUMENTS[1], 0.4)],
+    ],
+)
+def test_documents_that_a_tool_hands_over_are_recognised(artifact: Any) -> None:
+    _forget_everything()
+    call = {"name": "search", "args": {}, "id": "1"}
+    messages = [
+        HumanMessage("Who?"),
+        AIMessage("", tool_calls=[call]),
+        ToolMessage(format_docs(list(DOCUMENTS[:2])), tool_call_id="1", artifact=artifact),
+    ]
+    answer = tiny_chat(tools=True).invoke(messages)
+    assert answer.response_metadata["ape"]["contexts"] == 2
+
+
+def test_documents_within_a_value_are_found_up_to_a_depth() -> None:
+    class Model(BaseModel):
+        documents: list[Any]
+
+    @dataclasses.dataclass
+    class Update:
+        update: Any
+
+    one = DOCUMENTS[0]
+    for value in (one, [one], {"a": ({"b": one},)}, Model(documents=[one]), Update({"c": [one]})):
+        assert list(documents_within(value)) == [one]
+    for value in ("text", 7, None, HumanMessage("text"), [[[[[[one]]]]]], Document):
+        assert list(documents_within(value)) == []
+    endless: list[Any] = []
+    endless.append(endless)
+    assert list(documents_within(endless)) == []
+
+
+def _forget_everything() -> None:
+    """Make this process one that has captured nothing."""
+    engine._recent.clear()
 
 
 def test_failing_retriever_raises_and_leaves_nothing_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import logging
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from langchain.agents import create_agent
+from langchain.agents.middleware import SummarizationMiddleware
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -29,7 +33,7 @@ from ape_integrations import (
     MemoryKVStore,
 )
 from ape_integrations.core import loading
-from ape_integrations.errors import ConfigError
+from ape_integrations.errors import ConfigError, ContextWindowError
 from tests.langchain.helpers import (
     QUESTIONS,
     TEXTS,
@@ -291,6 +295,14 @@ def test_wrong_arguments_of_a_call_are_refused_by_name(
         list(chat.stream(HELLO, **arguments))
 
 
+def test_arguments_that_mean_nothing_here_are_taken_in_calls_too() -> None:
+    chat = tiny_chat()
+    expected = chat.invoke(HELLO).text
+    other = {"timeout": 3, "stream_usage": True, "parallel_tool_calls": False, "user": "me"}
+    assert chat.bind(**other).invoke(HELLO).text == expected
+    assert chat.invoke(HELLO, max_completion_tokens=3).usage_metadata["output_tokens"] == 3
+
+
 def test_unknown_arguments_of_a_call_are_refused() -> None:
     chat = tiny_chat()
     with pytest.raises(ConfigError, match="Did you mean top_p"):
@@ -459,6 +471,85 @@ def test_text_blocks_are_text_and_other_content_is_refused() -> None:
     picture = HumanMessage([{"type": "image_url", "image_url": {"url": "data:..."}}])
     with pytest.raises(ConfigError, match=r"'image_url'.*text only"):
         chat.invoke([picture])
+
+
+@pytest.mark.parametrize(
+    ("block", "written"),
+    [
+        ({"type": "text", "text": "Tall."}, "Tall."),
+        ({"type": "input_text", "text": "Tall."}, "Tall."),
+        ({"type": "document", "text": "Tall."}, "Tall."),
+        (
+            {"type": "document", "title": "A", "text": "Tall."},
+            '{"type": "document", "title": "A", "text": "Tall."}',
+        ),
+        (
+            {"type": "file", "name": "a.txt", "size": 3},
+            '{"type": "file", "name": "a.txt", "size": 3}',
+        ),
+        ({"type": "json", "json": {"a": [1]}}, '{"type": "json", "json": {"a": [1]}}'),
+    ],
+)
+def test_records_that_tools_return_keep_their_fields(block: dict[str, Any], written: str) -> None:
+    call = {"name": "search", "args": {}, "id": "1"}
+    asked = [HumanMessage("How tall?"), AIMessage("", tool_calls=[call])]
+    rendered = [
+        tiny_chat(tools=True).render([*asked, ToolMessage(content, tool_call_id="1")])
+        for content in ([block], written)
+    ]
+    assert rendered[0] == rendered[1]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image", "base64": "...", "mime_type": "image/png"},
+        {"type": "file", "file_id": "f1"},
+        {"type": "image_url", "image_url": {"url": "data:..."}},
+    ],
+)
+def test_media_of_tools_are_refused(block: dict[str, Any]) -> None:
+    call = {"name": "search", "args": {}, "id": "1"}
+    asked = [HumanMessage("How tall?"), AIMessage("", tool_calls=[call])]
+    with pytest.raises(ConfigError, match="text only"):
+        tiny_chat(tools=True).render([*asked, ToolMessage([block], tool_call_id="1")])
+
+
+def test_calls_that_a_provider_made_itself_are_not_repeated() -> None:
+    done = [{"type": "server_tool_call", "name": "search", "id": "1", "args": {}}, "It is tall."]
+    said = [HumanMessage("How tall?"), AIMessage(done)]  # type: ignore[arg-type]
+    plain = [HumanMessage("How tall?"), AIMessage("It is tall.")]
+    assert tiny_chat().render(said) == tiny_chat().render(plain)
+
+
+def test_prompt_that_does_not_fit_is_the_error_that_langchain_knows() -> None:
+    chat, long = tiny_chat(), [HumanMessage("long " * 9000)]
+
+    async def streamed() -> None:
+        async for _ in chat.astream(long):
+            pass
+
+    for ask in (
+        lambda: chat.invoke(long),
+        lambda: list(chat.stream(long)),
+        lambda: asyncio.run(chat.ainvoke(long)),
+        lambda: asyncio.run(streamed()),
+    ):
+        with pytest.raises(ContextOverflowError, match="lower max_tokens") as raised:
+            ask()
+        assert isinstance(raised.value, ContextWindowError)
+
+
+def test_history_that_does_not_fit_is_summarised_in_part() -> None:
+    """LangChain's middleware leaves out its middle where the model says that it does not fit."""
+    chat = tiny_chat()
+    middleware = SummarizationMiddleware(
+        chat, trigger=("messages", 5), keep=("messages", 1), trim_tokens_to_summarize=None
+    )
+    agent = create_agent(chat, [], middleware=[middleware])
+    history = [kind("long " * 100) for _ in range(10) for kind in (HumanMessage, AIMessage)]
+    state = agent.invoke({"messages": [*history, HumanMessage("How tall?")]})
+    assert "summary" in state["messages"][0].text
 
 
 def test_answers_with_content_blocks_can_be_part_of_the_next_prompt() -> None:

@@ -275,7 +275,9 @@ def test_each_call_of_a_batch_has_its_own_callbacks_and_config(asynchronous: boo
         ape = answer.response_metadata["ape"]
         assert ape["batch"] == len(QUESTIONS)
         assert answer.usage_metadata["output_tokens"] == 8
-        assert answer.usage_metadata == chat.invoke(prompt).usage_metadata
+        alone = chat.invoke(prompt).usage_metadata
+        counts = ("input_tokens", "output_tokens", "total_tokens")
+        assert [answer.usage_metadata[name] for name in counts] == [alone[name] for name in counts]
         assert 0 < ape["first_token_seconds"] <= ape["total_seconds"]
 
 

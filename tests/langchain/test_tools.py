@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.structured_output import ToolStrategy
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.tools import tool
@@ -100,6 +100,35 @@ def test_streamed_text_ends_where_a_call_begins(size: int) -> None:
     passing = ToolCallFilter(tool_format("<tool_call>"))
     pieces = [answer[i : i + size] for i in range(0, len(answer), size)]
     assert "".join(passing.push(piece) for piece in pieces) == "I look < it [up].\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "held"),
+    [
+        ("[1] says that it is tall.", 2),
+        ("```python\nprint(1)\n```", 4),
+        ("[TALL] it is.", 2),
+        ('{"height": 40}', 3),
+        ("It is tall.", 1),
+        (f"```json\n[{JSON}]", 1000),
+        (f" {JSON}", 1000),
+    ],
+)
+def test_answer_is_held_back_no_longer_than_it_may_be_a_call(answer: str, held: int) -> None:
+    passing = ToolCallFilter(tool_format('"parameters"'))
+    shown = [bool(passing.push(character)) for character in answer]
+    assert (shown.index(True) + 1 if any(shown) else 1000) == held
+
+
+def test_thoughts_hold_no_calls() -> None:
+    thought = f"<think>I could call <tool_call>{JSON}</tool_call> but no.</think>"
+    found = parse_tool_calls(f"{thought}\nThe answer is 5.", NAMES)
+    assert not found.calls and found.text == f"{thought}\nThe answer is 5."
+    found = parse_tool_calls(f"{thought}\n<tool_call>{JSON}</tool_call>", NAMES)
+    assert [call["name"] for call in found.calls] == ["search"]
+    assert found.text == thought
+    cut = parse_tool_calls(f"<think>Perhaps <tool_call>{JSON}</tool_call>", NAMES)
+    assert not cut.calls
 
 
 # Calling -----------------------------------------------------------------------------------------
@@ -263,6 +292,43 @@ ANSWER = 'Here it is: {"name": "Mira", "age": 50}'
 def test_json_in_the_answer_becomes_an_object(method: Any) -> None:
     chat = saying(ANSWER, tools=False).with_structured_output(Person, method=method)
     assert chat.invoke("Who?") == Person(name="Mira", age=50)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        '<think>Perhaps {"name": "Wrong", "age": 1}?</think>\n',
+        'The schema is {"type": "object"}. ',
+        '{"name": "nobody"} is no answer, but this is: ',
+    ],
+)
+def test_object_of_the_right_shape_is_the_answer(before: str) -> None:
+    chat = saying(f"{before}{ANSWER}", tools=False).with_structured_output(Person)
+    assert chat.invoke("Who?") == Person(name="Mira", age=50)
+
+
+def test_agents_may_ask_for_a_provider_to_follow_the_schema() -> None:
+    """A template without tools serves them too."""
+    agent = create_agent(saying(ANSWER, tools=False), [], response_format=ProviderStrategy(Person))
+    state = agent.invoke({"messages": [HumanMessage("Who?")]})
+    assert state["structured_response"] == Person(name="Mira", age=50)
+
+
+def test_response_format_is_that_of_other_providers() -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    described = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    chat = saying(ANSWER, tools=False)
+    for given in (described, {"type": "json_object"}):
+        assert json.loads(chat.bind(response_format=given).invoke("Who?").text)["age"] == 50
+    assert chat.invoke("Who?", response_format={"type": "text"}).text == ANSWER
+    for wrong in ("json", {"type": "json_schema"}, {"type": "grammar"}):
+        with pytest.raises(ConfigError, match="response_format must be"):
+            chat.invoke("Who?", response_format=wrong)
+
+
+def test_tools_of_other_providers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'web_search_preview' is run by another provider"):
+        tiny_chat(tools=True).bind_tools([{"type": "web_search_preview"}])
 
 
 def test_schema_is_asked_for_at_the_end_of_the_prompt() -> None:
