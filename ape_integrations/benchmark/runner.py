@@ -212,9 +212,7 @@ class _Session:
         self.kv_bytes = self._on_disk.info.spec(self._prompt.layout.total).nbytes
         self._steps: dict[str, Callable[[], Any]] = {
             "sequential": self._sequential,
-            "sequential, fast products": lambda: self._generate(
-                self._on_disk, self._plain_prompt()
-            ),
+            "sequential, fast products": lambda: self._generate(self._on_disk, self._prompt.flat()),
             "prefix cache": self._prefix,
             "ape cold": self._cold,
             "ape disk": lambda: self._warm(self._on_disk),
@@ -257,16 +255,9 @@ class _Session:
             prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False
         )
 
-    def _flat(self) -> list[int]:
-        prompt = self._prompt
-        return [*prompt.prefix, *(i for c in prompt.contexts for i in c), *prompt.query]
-
-    def _plain_prompt(self) -> PreparedPrompt:
-        return PreparedPrompt([], [], self._flat())
-
     def _sequential(self) -> Any:
         """Generate as transformers does, with nothing of ours in between."""
-        ids = torch.tensor([self._flat()], device=self._on_disk.info.input_device)
+        ids = torch.tensor([self._prompt.flat().query], device=self._on_disk.info.input_device)
         count, times = self._workload.new_tokens, _TokenTimes()
         start = time.perf_counter()
         self._on_disk.model.generate(
@@ -282,7 +273,7 @@ class _Session:
 
     def _prefix(self) -> Any:
         """Reuse a cache of prefix and contexts as transformers alone can."""
-        model, ids = self._on_disk.model, torch.tensor([self._flat()])
+        model, ids = self._on_disk.model, torch.tensor([self._prompt.flat().query])
         ids = ids.to(self._on_disk.info.input_device)
         known = ids.shape[1] - len(self._prompt.query)
         with torch.no_grad():

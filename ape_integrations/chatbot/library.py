@@ -130,7 +130,6 @@ class Library:
         self._files: dict[str, _File] = {}
         self._problems: dict[str, str] = {}
         self._cold: deque[Passage] = deque()  # passages that are not warm yet
-        self._warming = False
         self._answering = 0
         self._lock = threading.Lock()  # the files
         self._quiet = threading.Condition()  # no answer is being generated

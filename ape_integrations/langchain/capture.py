@@ -17,10 +17,10 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.tracers.context import register_configure_hook
 
-from ape_integrations.langchain.documents import documents_within, relevance_scores
+from ape_integrations.langchain.documents import documents_within, question_in, relevance_scores
 from ape_integrations.langchain.engine import register_everywhere
 
-#: Retrievals under way at the same time; more can only be left over from crashed ones.
+#: Retrievals and chains under way at the same time; more can only be left over from crashed ones.
 _MAX_RUNNING = 4096
 
 
@@ -37,16 +37,14 @@ class RetrievalCapture(BaseCallbackHandler):
 
     def __init__(self) -> None:
         self._queries: OrderedDict[UUID, str] = OrderedDict()
+        self._chains: OrderedDict[UUID, tuple[UUID | None, str | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def on_retriever_start(
         self, serialized: dict[str, Any], query: str, *, run_id: UUID, **kwargs: Any
     ) -> None:
         """Remember the query until the documents are there."""
-        with self._lock:
-            self._queries[run_id] = str(query)
-            while len(self._queries) > _MAX_RUNNING:
-                self._queries.popitem(last=False)
+        self._note(self._queries, run_id, str(query))
 
     def on_retriever_end(
         self, documents: Sequence[Document], *, run_id: UUID, **kwargs: Any
@@ -60,24 +58,58 @@ class RetrievalCapture(BaseCallbackHandler):
         """Forget the query."""
         self._forget(run_id)
 
-    def on_chain_start(self, serialized: Any, inputs: Any, **kwargs: Any) -> None:
-        """Register documents that a step is given."""
-        self._pass(inputs)
+    def on_chain_start(
+        self,
+        serialized: Any,
+        inputs: Any,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember what is asked, and register documents that a step is given."""
+        self._note(self._chains, run_id, (parent_run_id, question_in(inputs)))
+        self._pass(inputs, run_id)
 
-    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+    def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Register documents that a step returns."""
-        self._pass(outputs)
+        self._pass(outputs, run_id)
+        self.on_chain_error(None, run_id=run_id)
 
-    def on_tool_end(self, output: Any, **kwargs: Any) -> None:
+    def on_chain_error(self, error: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """Forget what was asked."""
+        with self._lock:
+            self._chains.pop(run_id, None)
+
+    def on_tool_end(
+        self, output: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
         """Register documents that a tool returns, or hands over besides its answer."""
-        self._pass(output)
+        self._pass(output, parent_run_id)
 
-    def _pass(self, value: Any) -> None:
+    def _pass(self, value: Any, run_id: UUID | None) -> None:
         documents = list(documents_within(value))
         texts = [document.page_content for document in documents]
         if texts:
+            asked = self._asked(run_id, texts)
             # From step to step they are the same ones.
-            register_everywhere(texts, None, relevance_scores(documents), again=False)
+            register_everywhere(texts, asked, relevance_scores(documents), again=False)
+
+    def _asked(self, run_id: UUID | None, texts: Sequence[str]) -> str | None:
+        """Return the question of a run, or of the nearest one around it that has one."""
+        with self._lock:
+            while run_id is not None:
+                run_id, question = self._chains.get(run_id, (None, None))
+                # A question that was joined with the documents already is a prompt.
+                if question and not any(text in question for text in texts):
+                    return question
+        return None
+
+    def _note(self, memory: OrderedDict[UUID, Any], run_id: UUID, value: Any) -> None:
+        with self._lock:
+            memory[run_id] = value
+            while len(memory) > _MAX_RUNNING:
+                memory.popitem(last=False)
 
     def _forget(self, run_id: UUID) -> str | None:
         with self._lock:

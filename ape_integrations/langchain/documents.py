@@ -1,4 +1,4 @@
-"""Documents wherever a pipeline carries them: in a state, a tool's artifact, a list with scores."""
+"""Documents and questions wherever a pipeline carries them: in a state, an artifact, a list."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from numbers import Real
 from typing import Any
 
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage, ToolMessage
+from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 from pydantic import BaseModel
 
 _DEPTH = 5  # of containers in containers; a state holds messages, one of them an artifact
 _LOOKED_AT = 2000  # items of one container
+_LONGEST_QUESTION = 1000  # characters
+_QUESTIONS = ("question", "query", "input", "user_input", "user_query", "messages")
 
 
 def documents_within(value: Any, depth: int = _DEPTH) -> Iterator[Document]:
@@ -49,6 +51,25 @@ def _items(value: Any) -> Iterator[Any]:
     ):
         return iter(list(vars(value).values()) if hasattr(value, "__dict__") else ())
     return iter(())
+
+
+def question_in(value: Any) -> str | None:
+    """Return what is asked in the input of a chain or the state of a graph, if it shows.
+
+    Parameters
+    ----------
+    value : object
+        A string, a conversation, or a mapping or object with one of these in a usual field.
+    """
+    if isinstance(value, str):
+        return value if 0 < len(value.strip()) <= _LONGEST_QUESTION else None
+    if isinstance(value, (list, tuple)):
+        asked = (m for m in reversed(value) if isinstance(m, HumanMessage))
+        last = next(asked, None)
+        return None if last is None else question_in(str(last.text))
+    fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    found = (question_in(fields[name]) for name in _QUESTIONS if name in fields)
+    return next((question for question in found if question), None)
 
 
 def relevance_scores(documents: Sequence[Document]) -> dict[str, float]:

@@ -195,11 +195,11 @@ class Engine:
         """
         with self._lock:
             if self._generator is None:
-                if again or not _holds(self._pending, texts):
+                if again or not _holds(self._pending, texts, query):
                     self._pending.append((list(texts), query, scores))
                 return
         if not again and self._generator.registry.knows(texts):
-            return
+            texts = ()
         self._generator.registry.register(texts, query, scores)
         if again:
             self._generator.prefetch(texts, encode=False)
@@ -261,16 +261,16 @@ def register_everywhere(
         As for :meth:`Engine.register`.
     """
     with _engines_lock:
-        if again or not _holds(_recent, texts):
+        if again or not _holds(_recent, texts, query):
             _recent.append((list(texts), query, scores))
         wanting = [engine for engine in _engines.values() if engine.settings.capture]
     for engine in wanting:
         engine.register(texts, query, scores, again=again)
 
 
-def _holds(retrievals: Iterable[Retrieval], texts: Sequence[str]) -> bool:
+def _holds(retrievals: Iterable[Retrieval], texts: Sequence[str], query: str | None) -> bool:
     wanted = list(texts)
-    return any(known == wanted for known, _, _ in retrievals)
+    return any(known == wanted and query in (None, asked) for known, asked, _ in retrievals)
 
 
 def engines() -> list[Engine]:

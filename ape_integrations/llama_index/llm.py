@@ -75,9 +75,10 @@ class APELLM(CustomLLM):
     leave the event loop free.
 
     Every response has ``raw``: ``usage`` (``prompt_tokens``, ``completion_tokens``,
-    ``total_tokens``), ``finish_reason`` ("stop" or "length") and ``ape`` (``contexts``, ``hits``,
-    ``misses``, ``bytes_loaded`` and seconds: ``load_seconds``, ``encode_seconds``,
-    ``first_token_seconds``, ``total_seconds``). A stream carries it in its last response.
+    ``total_tokens``, ``cached_tokens``), ``finish_reason`` ("stop" or "length") and ``ape``
+    (``contexts``, ``hits``, ``misses``, ``bytes_loaded``, ``plan`` and others, and seconds:
+    ``load_seconds``, ``encode_seconds``, ``first_token_seconds``, ``total_seconds``). A stream
+    carries it in its last response.
 
     Parameters
     ----------

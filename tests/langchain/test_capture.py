@@ -26,7 +26,7 @@ from ape_integrations.core.config import APEConfig
 from ape_integrations.core.loading import bundled_model
 from ape_integrations.langchain import engine
 from ape_integrations.langchain.capture import capture_hook
-from ape_integrations.langchain.documents import documents_within
+from ape_integrations.langchain.documents import documents_within, question_in
 from ape_integrations.langchain.engine import engines
 from tests.langchain.helpers import (
     DOCUMENTS,
@@ -134,9 +134,10 @@ def _graph(chat: ChatAPE, carried: Callable[[list[Document]], Any], **options: A
         return {"context": carried(_search(state["question"]))}
 
     def generate(state: State) -> dict[str, Any]:
-        documents = list(documents_within(state["context"]))
-        answer = chat.invoke(f"{format_docs(documents)}\n\n{state['question']}")
-        return {"answer": str(answer.response_metadata["ape"]["contexts"])}
+        found = format_docs(list(documents_within(state["context"])))
+        answer = chat.invoke(f"Be brief.\nQuestion: {state['question']}\nContext: {found}\nAnswer:")
+        report = answer.response_metadata["ape"]
+        return {"answer": f"{report['hits']} of {report['contexts']}"}
 
     graph = StateGraph(State).add_sequence([retrieve, generate]).add_edge(START, "retrieve")
     return graph.compile(**options)
@@ -159,7 +160,9 @@ def test_documents_in_the_state_of_a_graph_are_recognised(
 ) -> None:
     """As in LangGraph's tutorial, whose search of a vector store fires no event."""
     graph = _graph(tiny_chat(), carried)
-    assert graph.invoke({"question": QUESTIONS[0]})["answer"] == "3"
+    assert graph.invoke({"question": QUESTIONS[0]})["answer"] == "0 of 3"
+    # Another question about the same documents, which stands before them in the prompt.
+    assert graph.invoke({"question": f"{QUESTIONS[0]} And why?"})["answer"] == "3 of 3"
 
 
 def test_graph_that_is_resumed_by_another_process_finds_its_documents(tmp_path: Any) -> None:
@@ -171,7 +174,7 @@ def test_graph_that_is_resumed_by_another_process_finds_its_documents(tmp_path: 
     gc.collect()
     _forget_everything()
     graph = _graph(tiny_chat(), lambda documents: documents, **options)
-    assert graph.invoke(None, config)["answer"] == "3"
+    assert graph.invoke(None, config)["answer"] == "0 of 3"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,35 @@ def test_documents_within_a_value_are_found_up_to_a_depth() -> None:
     endless: list[Any] = []
     endless.append(endless)
     assert list(documents_within(endless)) == []
+
+
+def test_question_of_a_run_is_what_it_was_given() -> None:
+    asked = "How tall is it?"
+    spoken = [HumanMessage("Hello"), AIMessage("Yes?"), HumanMessage(asked), AIMessage("", id="1")]
+    for given in (
+        asked,
+        {"question": asked},
+        {"input": asked, "k": 3},
+        spoken,
+        {"messages": spoken},
+    ):
+        assert question_in(given) == asked
+    for other in ("", "long " * 300, 7, None, {"language": "English"}, [], {"messages": []}):
+        assert question_in(other) is None
+
+
+def test_question_of_the_nearest_run_is_that_of_its_documents() -> None:
+    """Not a prompt that was made of both."""
+    chat = tiny_chat()
+
+    def joined(state: dict[str, Any]) -> dict[str, Any]:
+        return {"question": f"{TEXTS[0]}\n{state['question']}", "context": [DOCUMENTS[0]]}
+
+    chain = RunnableLambda(joined) | RunnableLambda(lambda state: state["context"])
+    chain.invoke({"question": QUESTIONS[0]})
+    registry = chat.generator.registry
+    assert registry.knows([TEXTS[0]])
+    assert registry.queries() == (QUESTIONS[0],)
 
 
 def _forget_everything() -> None:
