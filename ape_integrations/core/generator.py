@@ -287,7 +287,9 @@ class APEGenerator:
             prefix = self._source.prefix(prompt.prefix, figures)
         keys, contexts = self._ordered(prompt)
         lengths = tuple(map(len, contexts))
-        layout = prompt.layout if prompt.sequential else ContextLayout(len(prompt.prefix), lengths)
+        layout = prompt.layout
+        if not prompt.sequential and len(contexts) > 1:
+            layout = ContextLayout(len(prompt.prefix), lengths)  # in the buffer's order
         temperature, scale = adapted(self.config, lengths)
         name = (self._kind_of_set(prompt), *keys)
 
@@ -872,8 +874,7 @@ def _result(
 
 
 def _cached_tokens(prompt: PreparedPrompt, figures: Figures) -> int:
-    contexts = sum(map(len, prompt.contexts))
-    return max(0, contexts - figures.encoded) + figures.reused
+    return max(0, prompt.layout.total - figures.encoded) + figures.reused
 
 
 def _check_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

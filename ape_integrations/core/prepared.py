@@ -28,8 +28,9 @@ class PreparedPrompt:
     dropped : int
         Contexts that were left out because others matter more to the query.
     separator : tuple of int
-        What contexts end with, so that they read as in a prompt whatever their rank. In a sequence
-        it is not read behind the last one, which the query follows as in the prompt.
+        What contexts end with, so that they read as in a prompt whatever their rank. It is not
+        read behind the last one of a sequence, nor behind a single one, which the query follows
+        as in the prompt.
     """
 
     prefix: list[int]
@@ -42,8 +43,8 @@ class PreparedPrompt:
     @property
     def layout(self) -> ContextLayout:
         """Where the contexts stand."""
-        contexts = self._in_sequence() if self.sequential else self.contexts
-        return ContextLayout(len(self.prefix), tuple(map(len, contexts)), self.sequential)
+        lengths = tuple(map(len, self._as_read()))
+        return ContextLayout(len(self.prefix), lengths, self.sequential)
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +55,11 @@ class PreparedPrompt:
         """Return the same tokens in their order as one ordinary prompt."""
         contexts = [token for ids in self._in_sequence() for token in ids]
         return PreparedPrompt([], [], [*self.prefix, *contexts, *self.query])
+
+    def _as_read(self) -> list[list[int]]:
+        """Return the contexts without the tokens that the query does not see."""
+        in_sequence = self.sequential or len(self.contexts) == 1
+        return self._in_sequence() if in_sequence else self.contexts
 
     def _in_sequence(self) -> list[list[int]]:
         """Return the contexts without the separator behind the last one."""
@@ -70,7 +76,7 @@ class PreparedPrompt:
         if self.sequential:
             return self.flat().query
         # Of several that are equally long, the same one whatever their order.
-        longest = max(self.contexts, key=lambda ids: (len(ids), ids), default=[])
+        longest = max(self._as_read(), key=lambda ids: (len(ids), ids), default=[])
         return [*self.prefix, *longest, *self.query]
 
 

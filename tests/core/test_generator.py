@@ -260,14 +260,29 @@ def test_seeded_sampling_repeats_whatever_other_threads_draw(generator: APEGener
 def test_beam_search_equals_beam_search_over_one_sequence(model: LlamaForCausalLM) -> None:
     """With one context and T = S = 1, beams are those of transformers on the whole prompt."""
     generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore())
-    prompt = generator.prepare(PREFIX, DOCUMENTS[:1], QUERY)
-    ids = torch.tensor([prompt.prefix + prompt.contexts[0] + prompt.query])
+    ids = torch.tensor([generator.tokens.prompt(PREFIX + DOCUMENTS[0] + QUERY)])
     expected = model.generate(ids, num_beams=4, max_new_tokens=10, do_sample=False)
     result = generator.generate(
         PREFIX, DOCUMENTS[:1], QUERY, num_beams=4, max_new_tokens=10, do_sample=False
     )
     assert result.token_ids == expected[0, ids.shape[1] :].tolist()
     assert result.text
+
+
+@pytest.mark.parametrize("prefill", ["cached", "plain"])
+def test_single_context_is_read_as_in_the_prompt(model: LlamaForCausalLM, prefill: str) -> None:
+    """Without the separator that other contexts would need."""
+    config = APEConfig(prefill=prefill)  # type: ignore[arg-type]
+    generator = APEGenerator(model, byte_tokenizer(), MemoryKVStore(), config)
+    generator.registry.register(DOCUMENTS)
+    prompt = f"{PREFIX}{DOCUMENTS[0]}\n\nIn short: {QUERY}"
+    ids = torch.tensor([generator.tokens.prompt(prompt)])
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False)
+    for _ in range(2):
+        result = generator.generate_prompt(prompt, max_new_tokens=10, do_sample=False)
+        assert result.token_ids == expected[0, ids.shape[1] :].tolist()
+        assert result.cache["contexts"] == 1
+        assert result.usage["prompt_tokens"] == ids.shape[1]
 
 
 def test_callers_streamer_and_criteria_are_honoured(
