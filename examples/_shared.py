@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ape_integrations import APEGenerator
+from ape_integrations.chatbot.arguments import positive
 
 HERE = Path(__file__).parent
 console = Console(width=min(Console().width, 100), highlight=False)
@@ -170,7 +171,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="start with an empty store")
     parser.add_argument("--question", action="append", help="ask this (may be repeated)")
     parser.add_argument("--all-questions", action="store_true", help="ask all of questions.json")
-    parser.add_argument("--top-k", type=int, default=4, help="documents to retrieve")
-    parser.add_argument("--chunk-size", type=int, default=512, help="tokens per document")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--top-k", type=positive, default=4, help="documents to retrieve")
+    parser.add_argument("--chunk-size", type=positive, default=512, help="tokens per document")
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
     return parser.parse_args()

@@ -2,7 +2,7 @@
 
 The same page as that of chatbot_llamaindex.py, over a chain written with pipes.
 
-    pip install 'ape-integrations[chat]'
+    pip install '.[chat]'
     python examples/chatbot_langchain.py
     python examples/chatbot_langchain.py my_files/ --model Qwen/Qwen2.5-0.5B-Instruct
 """

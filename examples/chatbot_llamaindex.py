@@ -3,7 +3,7 @@
 The page is made with Gradio: plain Python in one process, with a side panel and no account, cloud
 service or second server. It needs no network, and what is asked stays on this machine.
 
-    pip install 'ape-integrations[chat]'
+    pip install '.[chat]'
     python examples/chatbot_llamaindex.py
     python examples/chatbot_llamaindex.py my_files/ --model Qwen/Qwen2.5-0.5B-Instruct
 """

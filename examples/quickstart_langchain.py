@@ -4,7 +4,7 @@ Reads the text files of a folder, retrieves with BM25 (no network, no embedding 
 chain of its own (LCEL), a retrieval chain with history, and an agent with a retriever tool. The
 only thing that is not ordinary LangChain is the chat model: ``ChatAPE``.
 
-    pip install 'ape-integrations[langchain]' langchain langchain-community rank-bm25
+    pip install '.[langchain]' langchain langchain-community rank-bm25
     python examples/quickstart_langchain.py
     python examples/quickstart_langchain.py --model Qwen/Qwen2.5-0.5B-Instruct --data my_texts/
 """

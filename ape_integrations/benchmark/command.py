@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_folder(arguments.directory, "--directory")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    _check_device(arguments.device)
     results = _compare(arguments) if arguments.growth is None else _grow(arguments)
     return {
         "model": arguments.model or f"{arguments.shape} (random weights)",
@@ -113,6 +114,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "results": results,
     }
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--device {name!r} cannot be used here: {reason}") from error
 
 
 def _workload(arguments: argparse.Namespace, contexts: int) -> Workload:

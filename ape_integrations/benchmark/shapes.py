@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ape_integrations.core.loading import clear_loading_errors
 from ape_integrations.errors import ConfigError
 
 #: Llama-architecture shapes by name; weights are random, so only times mean anything.
@@ -88,5 +89,6 @@ def load_model(
         return random_model(shape, getattr(torch, dtype), device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    return model.to(device), AutoTokenizer.from_pretrained(name)
+    with clear_loading_errors(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        return model.to(device), AutoTokenizer.from_pretrained(name)

@@ -157,12 +157,13 @@ class Terminal:
             self._say(problem, "yellow")
 
     def _add(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = Path(argument.strip("\"'")).expanduser()
         if not argument or not path.is_file():
-            self._say("Name a file behind /add.", "yellow")
+            missing = f"There is no file {path}." if argument else "Name a file behind /add."
+            self._say(missing, "yellow")
             return
         passages = self._library.add(path, path.name)
-        self._say(f"{path.name}: {passages} passages.", "dim")
+        self._say(f"{path.name}: {passages} passage{'s'[: passages != 1]}.", "dim")
 
     # Printing -----------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ Trust = Annotated[
     typer.Option("--trust-directory", help="Accept a directory that others can write to."),
 ]
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def open_existing(directory: Path | None, trust: bool) -> DiskKVStore:
@@ -61,16 +61,18 @@ def existing_store(directory: Path | None, trust: bool) -> Path:
 
 
 def parse_duration(text: str) -> float:
-    """Turn ``"30d"``, ``"12h"``, ``"90m"`` or ``"45"`` (seconds) into seconds.
+    """Turn ``"30d"``, ``"12h"``, ``"90m"`` or ``"45s"`` into seconds.
 
     Raises
     ------
     ConfigError
-        If it is none of these.
+        If it is none of these; without a unit, days and seconds could be meant.
     """
     match = _DURATION.fullmatch(text.strip().lower())
     if match is None:
-        raise ConfigError(f'{text!r} is not a duration; write for example "30d", "12h" or "90m".')
+        raise ConfigError(
+            f'{text!r} is not a duration with its unit; write for example "30d", "12h" or "90m".'
+        )
     return float(match[1]) * _SECONDS[match[2]]
 
 

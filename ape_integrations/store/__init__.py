@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ape_integrations.errors import ConfigError
 from ape_integrations.store.base import (
@@ -47,7 +46,7 @@ def check_store(store: object) -> None:
     ConfigError
         It is neither a store, a path nor None.
     """
-    if store is not None and not isinstance(store, (KVStore, str, Path)):
+    if store is not None and not isinstance(store, (KVStore, str, os.PathLike)):
         raise ConfigError(
             "store must be a KVStore, such as a MemoryKVStore or a DiskKVStore, or a directory, "
             f"not {type(store).__name__}."
@@ -70,9 +69,12 @@ def open_store(store: KVStore | str | os.PathLike[str] | None = None) -> KVStore
 
     Raises
     ------
+    ConfigError
+        It is neither a store, a path nor None.
     StoreError
         If the directory cannot be used.
     """
+    check_store(store)
     if store is None or isinstance(store, (str, os.PathLike)):
         return TieredKVStore(MemoryKVStore(DEFAULT_MEMORY), DiskKVStore(store))
     return store

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ape_integrations.chatbot import Conversation, Library
+from ape_integrations.chatbot.arguments import parse_arguments
 from ape_integrations.chatbot.terminal import Terminal, show_progress
 from ape_integrations.cli import app
 from ape_integrations.errors import ConfigError
@@ -71,7 +72,17 @@ def test_a_file_can_be_added(echo: Echo, open_library: Open, tmp_path: Path) -> 
     added = tmp_path / "ghent.txt"
     added.write_text("Ghent lies on the Lys.")
     shown = run(echo, open_library(echo), f"/add {added}", "/files")
-    assert "ghent.txt: 1 passages." in shown
+    assert "ghent.txt: 1 passage." in shown
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("", "Name a file behind /add."), ("nowhere.txt", "There is no file nowhere.txt.")],
+)
+def test_a_file_that_is_not_there_is_said(
+    echo: Echo, open_library: Open, argument: str, said: str
+) -> None:
+    assert said in run(echo, open_library(echo), f"/add {argument}")
 
 
 def test_documents_cannot_steer_the_terminal(echo: Echo, open_library: Open, folder: Path) -> None:
@@ -117,3 +128,15 @@ def test_the_command_refuses_an_empty_folder(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["chat", str(tmp_path), "--cache-dir", str(tmp_path / "c")])
     assert isinstance(result.exception, ConfigError)
     assert "nothing to read" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--top-k", "0"], ["--top-k", "-1"], ["--chunk-size", "x"], ["--port", "99999"]]
+)
+def test_impossible_values_are_refused(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["chatbot", *wrong])
+    with pytest.raises(SystemExit):
+        parse_arguments("A chatbot.", Path("."))
+    assert f"argument {wrong[0]}: '{wrong[1]}' is no" in capsys.readouterr().err

@@ -56,9 +56,10 @@ def test_bench_refuses_bad_arguments(arguments: list[str]) -> None:
         (["--plot", "plot.xyz"], "must end in one of .png"),
         (["--plot", "plot.xyz", "--growth"], "must end in one of .png"),
         (["--directory", "no/folder"], "Cannot write into no/folder"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used here"),
     ],
 )
-def test_bench_refuses_what_cannot_be_written_before_it_measures(
+def test_bench_refuses_what_cannot_be_used_before_it_measures(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_compare", "_grow"):
@@ -66,6 +67,12 @@ def test_bench_refuses_what_cannot_be_written_before_it_measures(
     result = _run(*SMALL, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_bench_names_a_model_that_is_not_there() -> None:
+    result = _run("bench", "--model", "./nowhere", "--contexts", "1")
+    assert result.exit_code == 2
+    assert "Cannot load './nowhere'" in " ".join(result.stderr.split())
 
 
 def test_warm_encodes_files_once(tmp_path: Path) -> None:

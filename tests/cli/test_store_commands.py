@@ -175,13 +175,13 @@ def test_errors_are_messages_not_tracebacks(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("45", 45), ("90m", 5400), ("12h", 43200), ("1.5d", 129600), ("1w", 604800)],
+    [("45s", 45), ("90m", 5400), ("12h", 43200), ("1.5d", 129600), ("1w", 604800)],
 )
 def test_durations_are_read_as_people_write_them(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("bad", ["", "soon", "-1d", "1y", "d"])
+@pytest.mark.parametrize("bad", ["", "soon", "-1d", "1y", "d", "30"])
 def test_bad_duration_is_a_clear_error(bad):
     with pytest.raises(ConfigError, match="not a duration"):
         parse_duration(bad)
