@@ -85,7 +85,7 @@ def test_one_context_reads_as_sequential(
     name: str, runner: Runner, generator: APEGenerator
 ) -> None:
     case = Case("t", 1, CASE.prefix, CASE.contexts[:1], CASE.query, ("Ada",))
-    text = f"{CASE.prefix}{CASE.contexts[0]}\n\n{CASE.query}"
+    text = f"{CASE.prefix}{CASE.contexts[0]}{CASE.query}"
     assert runner.answer(parse_mode(name), case).text == reference(generator, text)
 
 
