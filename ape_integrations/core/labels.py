@@ -151,19 +151,17 @@ class Labels:
         label = self._single_label(gap[trailer:], remember=False)
         return Gap(gap[:trailer], gap[trailer : len(gap) - label], gap[len(gap) - label :])
 
-    def _label_length(self, head: str, labels: Iterable[str], forms: Sequence[Form]) -> int:
+    def _label_length(self, head: str, labels: Sequence[str], forms: Sequence[Form]) -> int:
         """Length of the label that a text ends with, if it is shaped like one of these."""
-        kept = [label for label in labels if label]
         for form in forms:
-            if length := self._match_label(head, _shapes(kept, form), form, inline=True):
+            if length := self._match_label(head, _shapes(labels, form), form, inline=True):
                 return length
         return 0
 
-    def _trailer_length(self, tail: str, trailers: Iterable[str], forms: Sequence[Form]) -> int:
+    def _trailer_length(self, tail: str, trailers: Sequence[str], forms: Sequence[Form]) -> int:
         """Length of the trailer that a text begins with, if it is shaped like one of these."""
-        kept = [trailer for trailer in trailers if trailer]
         for form in forms:
-            if length := self._match_trailer(tail, _shapes(kept, form), form):
+            if length := self._match_trailer(tail, _shapes(trailers, form), form):
                 return length
         return 0
 

@@ -50,13 +50,13 @@ class RetrievalCapture(BaseCallbackHandler):
         self, documents: Sequence[Document], *, run_id: UUID, **kwargs: Any
     ) -> None:
         """Register the documents."""
-        query = self._forget(run_id)
+        query = self._forget(self._queries, run_id)
         texts = [document.page_content for document in documents]
         register_everywhere(texts, query, relevance_scores(documents))
 
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the query."""
-        self._forget(run_id)
+        self._forget(self._queries, run_id)
 
     def on_chain_start(
         self,
@@ -74,12 +74,11 @@ class RetrievalCapture(BaseCallbackHandler):
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Register documents that a step returns."""
         self._pass(outputs, run_id)
-        self.on_chain_error(None, run_id=run_id)
+        self._forget(self._chains, run_id)
 
-    def on_chain_error(self, error: Any, *, run_id: UUID, **kwargs: Any) -> None:
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget what was asked."""
-        with self._lock:
-            self._chains.pop(run_id, None)
+        self._forget(self._chains, run_id)
 
     def on_tool_end(
         self, output: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -111,9 +110,9 @@ class RetrievalCapture(BaseCallbackHandler):
             while len(memory) > _MAX_RUNNING:
                 memory.popitem(last=False)
 
-    def _forget(self, run_id: UUID) -> str | None:
+    def _forget(self, memory: OrderedDict[UUID, Any], run_id: UUID) -> Any:
         with self._lock:
-            return self._queries.pop(run_id, None)
+            return memory.pop(run_id, None)
 
 
 _CAPTURE = RetrievalCapture()
